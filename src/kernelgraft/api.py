@@ -1,0 +1,182 @@
+"""Planning, grafting, loading and saving, for any `torch.nn.Module`."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_model
+from torch import nn
+
+from kernelgraft import compat
+from kernelgraft.checkpoint.fill import check_names, fill_from, materialize
+from kernelgraft.checkpoint.reader import SINGLE, Checkpoint, checkpoint_files
+from kernelgraft.config import KernelConfig
+from kernelgraft.errors import PlanError
+from kernelgraft.graft import Graft, apply_blueprint, graft_of
+from kernelgraft.plan import Plan
+from kernelgraft.planner import Blueprint, Subject, make_blueprint
+from kernelgraft.recording import Arguments, Recording, arguments_of
+from kernelgraft.slot import KEY
+from kernelgraft.soundness import Run, example_runner, forward_runner
+
+
+def plan(model: nn.Module, config: Any, *, example_inputs: Any = None) -> Plan:
+    """Plan a graft without changing anything.
+
+    Args:
+        model: Any module; its parameters may be on the meta device.
+        config: A `KernelConfig`, Transformers' own, a mapping, or the path of a TOML file.
+        example_inputs: Inputs of one forward (a tuple, or a dict of keywords), by which the soundness of fusions is
+            checked. Models of Transformers need none.
+
+    Returns:
+        The plan: `print` it, or keep it with `to_json`.
+
+    Raises:
+        KernelGraftError: The config, a kernel or the graft is refused; the message says why and what to write.
+    """
+    live = not any(parameter.is_meta for parameter in model.parameters())
+    return _blueprint(model, config, example_inputs, live=live).plan
+
+
+def graft(model: nn.Module, config: Any, *, example_inputs: Any = None) -> Graft:
+    """Put kernels into a model that is there, in place.
+
+    The model keeps its identity and its weights; `state_dict()` keeps its original names. The default table of kernels
+    is not consulted: only what `config` names is put in.
+
+    Args:
+        model: Any module whose parameters have values.
+        config: A `KernelConfig`, Transformers' own, a mapping, or the path of a TOML file.
+        example_inputs: Inputs of one forward (a tuple, or a dict of keywords), by which the soundness of fusions is
+            checked. Models of Transformers need none.
+
+    Returns:
+        The graft. `graft.remove()`, or leaving it as a context manager, gives the original modules back.
+
+    Raises:
+        KernelGraftError: The config, a kernel or the graft is refused. Nothing has changed.
+    """
+    return apply_blueprint(model, _blueprint(model, config, example_inputs, live=True))
+
+
+def _blueprint(model: nn.Module, config: Any, example_inputs: Any, *, live: bool) -> Blueprint:
+    if graft_of(model) is not None or any(KEY in vars(module) for module in model.modules()):
+        raise PlanError(
+            "The model is grafted already, and a second graft would not see its originals. Remove the first one "
+            "(graft_of(model).remove()) and graft with one config that names all kernels."
+        )
+    return make_blueprint(subject_of(model, example_inputs, live=live), KernelConfig.of(config))
+
+
+def subject_of(
+    model: nn.Module, example_inputs: Any = None, *, live: bool, recording: Recording | None = None
+) -> Subject:
+    """What a planner needs to know about a model."""
+    skeleton: nn.Module | None = None
+    if live and compat.is_pretrained(model):
+        built = compat.skeleton_of(model)
+        if built is not None:
+            skeleton, recording = built
+    holder = skeleton if skeleton is not None else model
+
+    def arguments(path: str) -> Arguments | None:
+        module = _submodule(holder, path)
+        own = model.get_submodule(path)
+        if module is not None and recording is not None and _same(module, own):
+            found = recording.of(module)
+            if found is not None:
+                return found
+        return arguments_of(own)
+
+    return Subject(
+        model=model,
+        live=live,
+        skeleton=skeleton,
+        arguments=arguments,
+        run=_runner(model, example_inputs),
+        tied=compat.tied_weights(model),
+        prefix=compat.base_prefix(model),
+    )
+
+
+def _runner(model: nn.Module, example_inputs: Any) -> Run | None:
+    if example_inputs is None:
+        return forward_runner(model)
+    if isinstance(example_inputs, Mapping):
+        return example_runner(**example_inputs)
+    return example_runner(*(example_inputs if isinstance(example_inputs, tuple | list) else (example_inputs,)))
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _same(module: nn.Module, other: nn.Module) -> bool:
+    shapes = [[(n, p.shape) for n, p in each.named_parameters()] for each in (module, other)]
+    return type(module) is type(other) and shapes[0] == shapes[1]
+
+
+def load(
+    model: nn.Module,
+    checkpoint: str | Path | Mapping[str, torch.Tensor],
+    config: Any = None,
+    *,
+    device: torch.device | str = "cpu",
+    example_inputs: Any = None,
+) -> nn.Module:
+    """Fill any module from a checkpoint with the names of its `state_dict()`, and put kernels in on the way.
+
+    A module built on the meta device (under `torch.device("meta")`, and inside `kernelgraft.recorded()` if a layout for
+    a single module is to be made) gets each byte once, straight to its final place. One that has values already is
+    overwritten in place and grafted then.
+
+    Args:
+        model: The module.
+        checkpoint: A safetensors file, an index of shards, a folder with either, or tensors by name.
+        config: As in `graft`; without it nothing is grafted.
+        device: Where parameters that are on meta now shall be.
+        example_inputs: As in `graft`.
+
+    Returns:
+        The same module.
+
+    Raises:
+        CheckpointError: A tensor is missing, unexpected or of another shape, or a buffer would have no value.
+        KernelGraftError: The graft is refused. The module has not changed.
+    """
+    if not isinstance(checkpoint, Mapping):
+        with Checkpoint(checkpoint_files(checkpoint)) as tensors:
+            return load(model, tensors, config, device=device, example_inputs=example_inputs)
+    check_names(model, checkpoint)
+    on_meta = any(parameter.is_meta for parameter in model.parameters())
+    blueprint = None if config is None else _blueprint(model, config, example_inputs, live=not on_meta)
+    fill_from(model, checkpoint, torch.device(device))
+    if blueprint is not None:
+        apply_blueprint(model, blueprint)
+    else:
+        materialize(model)
+    return model
+
+
+def save_pretrained(model: nn.Module, folder: str | Path, **kwargs: Any) -> None:
+    """Save a model, grafted or not, under its original names, so that the untouched model loads it.
+
+    Args:
+        model: Any module. One of Transformers is saved by its own `save_pretrained`, with `kwargs`.
+        folder: Where to; made if it is not there.
+        **kwargs: For Transformers' `save_pretrained`.
+
+    Raises:
+        ConversionError: A rule of the graft has no inverse, so that original weights cannot be had.
+    """
+    own = getattr(model, "save_pretrained", None)
+    if own is not None:
+        own(folder, **kwargs)
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    save_model(model, str(Path(folder) / SINGLE))

@@ -1,0 +1,217 @@
+"""`from_pretrained` and the auto classes: Transformers' own loading, with kernels put in before the bytes are read.
+
+Transformers resolves the config, the files, dtypes and devices, converts names, ties weights and reports what is
+missing. We take part at three places, by a subclass that lives for one load: while the skeleton is built its
+constructor arguments are recorded, before the checkpoint is opened the graft is planned, and the checkpoint's tensors
+are lazy ones, which the graft then pulls into place. Nothing of Transformers is patched.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from kernelgraft import compat
+from kernelgraft.api import subject_of
+from kernelgraft.checkpoint.reader import Checkpoint
+from kernelgraft.config import KernelConfig
+from kernelgraft.entry import Entry
+from kernelgraft.graft import Graft, apply_blueprint, root_class
+from kernelgraft.plan import Rejected
+from kernelgraft.planner import Blueprint, make_blueprint
+from kernelgraft.recording import Recording, recorded
+
+
+@dataclass
+class _Load:
+    """One call of `from_pretrained`: what was asked for, and how far it has come."""
+
+    config: KernelConfig
+    inherited: Sequence[Entry] = ()
+    rejected: tuple[Rejected, ...] = ()
+    recording: Recording | None = None
+    blueprint: Blueprint | None = None
+    graft: Graft | None = None
+    original: type[nn.Module] | None = None
+    stack: ExitStack = field(default_factory=ExitStack)
+
+    def plan(self, model: nn.Module, *, live: bool, device_map: Mapping[str, Any] | None = None) -> Blueprint:
+        """Plan the graft of this load's model."""
+        subject = subject_of(model, live=live, recording=self.recording)
+        if device_map:
+            subject.device_of = lambda name: _device_in(device_map, name)
+        return make_blueprint(subject, self.config, self.inherited, self.rejected)
+
+
+def from_pretrained(
+    cls: type, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+) -> Any:
+    """Load a Transformers model with kernels in it.
+
+    Args:
+        cls: A model class of Transformers, or one of its auto classes.
+        pretrained_model_name_or_path: A Hub id or a folder.
+        *model_args: As in Transformers.
+        **kwargs: As in Transformers' `from_pretrained`, in which `use_kernels` and `kernel_config` are ours:
+            `kernel_config` is a `KernelConfig` (or Transformers' own, a mapping, or the path of a TOML file), and
+            `use_kernels=True` without one takes Transformers' default table. `use_kernels=False` puts nothing in.
+
+    Returns:
+        What Transformers returns; `kernelgraft.graft_of(model)` is the graft.
+
+    Raises:
+        KernelGraftError: The config, a kernel or the graft is refused.
+    """
+    kernel_config = kwargs.pop("kernel_config", None)
+    use_kernels = kwargs.pop("use_kernels", None)
+    if use_kernels is False or (use_kernels is None and kernel_config is None):
+        return cls.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[attr-defined]
+    config = KernelConfig({}) if kernel_config is None else KernelConfig.of(kernel_config)
+    load = _Load(config)
+    if config.inherits:
+        load.inherited, load.rejected = compat.default_table()
+    loading = _auto_class(cls, load) if hasattr(cls, "_model_mapping") else _loading_class(cls, load)
+    if _has_adapter(pretrained_model_name_or_path):
+        loading = cls  # an adapter goes onto the original modules; what it leaves free is grafted afterwards
+    with load.stack:
+        found = loading.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[attr-defined]
+        _finish(load, found[0] if isinstance(found, tuple) else found)
+    return found
+
+
+def _finish(load: _Load, model: nn.Module) -> None:
+    """The model gets its own class back; where it was not loaded our way, it is grafted in place."""
+    if load.original is not None:
+        model.__class__ = load.original
+    if load.graft is None:
+        load.graft = apply_blueprint(model, load.plan(model, live=True))
+    else:
+        model.__class__ = root_class(type(model))
+
+
+def _has_adapter(place: str | os.PathLike[str]) -> bool:
+    return Path(place, "adapter_config.json").exists()
+
+
+def _device_in(device_map: Mapping[str, Any], name: str) -> torch.device:
+    """The device that a device map gives the parameter called `name`: that of its longest listed prefix."""
+    path = name
+    while path not in device_map and path:
+        path = path.rpartition(".")[0]
+    where = device_map.get(path, "cpu")
+    return torch.device("cpu" if where == "disk" else where)
+
+
+def _auto_class(cls: Any, load: _Load) -> type:
+    """A subclass of an auto class whose model classes load our way."""
+    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_model_mapping": _Mapping(cls._model_mapping, load)})
+
+
+class _Mapping:
+    """An auto class's mapping from configs to model classes, with loading classes in the place of the latter."""
+
+    def __init__(self, original: Any, load: _Load) -> None:
+        self._original = original
+        self._load = load
+
+    def __getitem__(self, config: type) -> Any:
+        found = self._original[config]
+        if isinstance(found, list | tuple):
+            return type(found)(_loading_class(each, self._load) for each in found)
+        return _loading_class(found, self._load)
+
+    def __contains__(self, config: object) -> bool:
+        return config in self._original
+
+    def __iter__(self) -> Any:
+        return iter(self._original)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)
+
+
+def _loading_class(cls: Any, load: _Load) -> Any:
+    """A subclass of a model class that plans, and fills, a graft while Transformers loads it."""
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is one
+        load.original = cls
+        with recorded() as load.recording:
+            cls.__init__(self, *args, **kwargs)
+
+    def _load_pretrained_model(
+        model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
+    ) -> Any:
+        if state_dict is None and _is_ours(checkpoint_files, load_config):
+            model.__class__ = cls
+            load.blueprint = load.plan(model, live=False, device_map=load_config.device_map)
+            state_dict = dict(load.stack.enter_context(Checkpoint(checkpoint_files)))
+            checkpoint_files = None
+        return cls._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
+
+    def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
+        info = cls._finalize_model_loading(model, load_config, loading_info)
+        if load.blueprint is not None:
+            load.graft = apply_blueprint(model, load.blueprint)
+            # While Transformers goes on, it must not find our `use_kernels`, which it would switch off.
+            model.__class__ = loading
+            load.stack.enter_context(load.graft.packed_names())
+        return info
+
+    def set_use_kernels(self: Any, *_: Any, **__: Any) -> None:
+        """Kernels are ours here."""
+
+    namespace = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__init__": __init__,
+        "_load_pretrained_model": staticmethod(_load_pretrained_model),
+        "_finalize_model_loading": staticmethod(_finalize_model_loading),
+        "set_use_kernels": set_use_kernels,
+    }
+    loading = type(cls.__name__, (cls,), namespace)
+    return loading
+
+
+def _is_ours(checkpoint_files: Sequence[str] | None, load_config: Any) -> bool:
+    """Whether a load is one that lazy tensors serve; others Transformers does, and the graft is put in afterwards."""
+    return (
+        bool(checkpoint_files)
+        and all(str(file).endswith(".safetensors") for file in checkpoint_files or ())
+        and load_config.hf_quantizer is None
+        and load_config.device_mesh is None
+        and "disk" not in (load_config.device_map or {}).values()
+    )
+
+
+class _FromPretrained:
+    """What our auto classes add to Transformers' own."""
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+    ) -> Any:
+        """As `kernelgraft.from_pretrained`, for the class that fits the checkpoint's config."""
+        return from_pretrained(cls._theirs, pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[attr-defined]
+
+
+def _ours(name: str) -> Any:
+    theirs = getattr(transformers, name)
+    return type(name, (_FromPretrained, theirs), {"__module__": __name__, "__doc__": theirs.__doc__, "_theirs": theirs})
+
+
+AutoModel = _ours("AutoModel")
+AutoModelForCausalLM = _ours("AutoModelForCausalLM")
+AutoModelForImageClassification = _ours("AutoModelForImageClassification")
+AutoModelForImageTextToText = _ours("AutoModelForImageTextToText")
+AutoModelForMaskedLM = _ours("AutoModelForMaskedLM")
+AutoModelForQuestionAnswering = _ours("AutoModelForQuestionAnswering")
+AutoModelForSeq2SeqLM = _ours("AutoModelForSeq2SeqLM")
+AutoModelForSequenceClassification = _ours("AutoModelForSequenceClassification")
+AutoModelForSpeechSeq2Seq = _ours("AutoModelForSpeechSeq2Seq")
+AutoModelForTokenClassification = _ours("AutoModelForTokenClassification")

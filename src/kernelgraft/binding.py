@@ -1,0 +1,493 @@
+"""Which forward a grafted module runs, on which device, in which mode.
+
+One class is made for each combination of layout, kernels and original class, and the instance's `__class__` is set to
+it. Never a class per instance: `torch.compile` would compile once for each. Nothing is put into an instance's
+`__dict__` as `forward`: that place belongs to accelerate, and a bound method there is lost in a pickle.
+"""
+
+import dis
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from kernelgraft.errors import GraftError, KernelError, PlanError
+from kernelgraft.functions import function_of, with_globals
+from kernelgraft.kernel import Kernel, load_kernel
+from kernelgraft.reference import KernelReference
+from kernelgraft.slot import KEY, GraftedModule, Site, Slot
+
+ALIASES = (("past_key_values", "cache"),)
+"""Keywords that Transformers renamed while kernels were being written for both names (in 5.23 and 5.24)."""
+
+Mode = tuple[bool, bool]
+"""`(training, compiling)`."""
+
+Modes = tuple[tuple[bool, bool, Kernel], ...]
+"""`(training, compiling, kernel)` for each mode that has a kernel."""
+
+
+@dataclass(frozen=True)
+class ClassKey:
+    """What a generated class depends on, and how a pickle finds it again.
+
+    Attributes:
+        role: "host" (runs the kernel on a layout), "absorbed" (passes its input through), "rebound" (runs a
+            stateless kernel on the original's own parameters) or "function" (runs the original's forward with other
+            functions).
+        original: The class that stood there.
+        layout: The layout's class, for a host.
+        modes: The kernels by mode.
+        functions: For "function", the kernels by mode of each global name.
+        answers: Names that the class must answer from the instance although the original's class defines them.
+    """
+
+    role: str
+    original: type[nn.Module]
+    layout: type[nn.Module] | None
+    modes: Modes = ()
+    functions: tuple[tuple[str, Modes], ...] = ()
+    answers: frozenset[str] = frozenset()
+
+    def __call__(self) -> nn.Module:
+        """A bare instance of the class: what a pickle or a deep copy fills."""
+        cls = bound_class(self)
+        return cls.__new__(cls)
+
+    def __deepcopy__(self, memo: object) -> "ClassKey":
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        functions = tuple((name, _portable(modes)) for name, modes in self.functions)
+        return _restore_key, (
+            self.role, self.original, self.layout is not None, _portable(self.modes), functions, self.answers
+        )
+
+
+Portable = tuple[tuple[bool, bool, str, str | None, Any], ...]
+
+
+def _portable(modes: Modes) -> Portable:
+    """Kernels as a pickle keeps them: by reference and digest; those given as objects, by their importable names."""
+    return tuple(
+        (
+            training,
+            compiling,
+            kernel.reference,
+            kernel.digest,
+            None if kernel.digest else (kernel.forward_class or kernel.function, kernel.layout),
+        )
+        for training, compiling, kernel in modes
+    )
+
+
+def _restored(modes: Portable) -> Modes:
+    """Load the kernels that a pickle names, under the trust rules of `kernels`, and refuse other code than it meant."""
+    return tuple(
+        (training, compiling, Kernel(*objects) if objects else _load_again(reference, digest))
+        for training, compiling, reference, digest, objects in modes
+    )
+
+
+def _load_again(reference: str, digest: str | None) -> Kernel:
+    kernel = load_kernel(KernelReference.parse(reference))
+    if kernel.digest != digest:
+        raise KernelError(
+            f"The pickle was made with {reference} at digest {digest}; what is there now has digest {kernel.digest}. "
+            f"Restore that version of the kernel, or graft the model anew."
+        )
+    return kernel
+
+
+def _restore_key(
+    role: str,
+    original: type[nn.Module],
+    has_layout: bool,
+    modes: Portable,
+    functions: tuple[tuple[str, Portable], ...],
+    answers: frozenset[str],
+) -> ClassKey:
+    loaded = _restored(modes)
+    layout = loaded[0][2].layout if has_layout else None
+    return ClassKey(role, original, layout, loaded, tuple((n, _restored(m)) for n, m in functions), answers)
+
+
+_classes: "weakref.WeakValueDictionary[ClassKey, type[nn.Module]]" = weakref.WeakValueDictionary()
+_classes_lock = threading.Lock()
+
+
+class Rebound(nn.Module):
+    """Base of the classes that run a stateless kernel on the original module itself."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return type(self)._kernelgraft_maker, (), self.__dict__  # type: ignore[attr-defined]
+
+
+def bound_class(key: ClassKey) -> type[nn.Module]:
+    """The generated class for `key`, made at most once.
+
+    Raises:
+        PlanError: The layout's and the original's classes have no common method resolution order, or the kernel's
+            forward cannot stand in for the original's.
+    """
+    with _classes_lock:
+        cls = _classes.get(key)
+        if cls is None:
+            cls = _classes[key] = _make_class(key)
+        return cls
+
+
+def _make_class(key: ClassKey) -> type[nn.Module]:
+    bases: tuple[type, ...]
+    if key.role in ("rebound", "function"):
+        bases = (Rebound, key.original)
+    elif key.layout is None or issubclass(key.original, key.layout):
+        bases = (GraftedModule, key.original)
+    elif issubclass(key.layout, key.original):
+        bases = (GraftedModule, key.layout)
+    else:
+        bases = (GraftedModule, key.layout, key.original)
+    namespace: dict[str, Any] = {
+        "__module__": key.original.__module__,
+        "__qualname__": key.original.__qualname__,
+        "__doc__": key.original.__doc__,
+        "_kernelgraft_maker": key,
+        "forward": _absorbed_forward(key) if key.role == "absorbed" else _kernel_forward(key),
+        "extra_repr": _extra_repr,
+        "kernel_condition": staticmethod(_never),
+        **{name: _answer(name) for name in key.answers},
+    }
+    try:
+        return type(key.original.__name__, bases, namespace)
+    except TypeError as error:
+        layout = key.layout.__name__ if key.layout else "the kernel"
+        raise PlanError(
+            f"{layout} cannot stand where a {key.original.__name__} stood: their classes do not combine ({error}). "
+            f"Derive the layout from torch.nn.Module alone."
+        ) from error
+
+
+def _never(module: object) -> bool:
+    """Tells `kernels.kernelize` to keep off: the forward is chosen here."""
+    return False
+
+
+def _extra_repr(self: nn.Module) -> str:
+    slot: Slot = self.__dict__[KEY]
+    if not slot.is_host:
+        return f"absorbed by {slot.site.host}"
+    key: ClassKey = type(self)._kernelgraft_maker  # type: ignore[attr-defined]
+    modes = key.modes or tuple(mode for _, modes in key.functions for mode in modes)
+    kernels = dict.fromkeys(kernel.name for _, _, kernel in modes)
+    return f"kernel={'|'.join(kernels)}"
+
+
+def _answer(name: str) -> property:
+    """A property that answers from the instance, where the original's class would otherwise answer in its place."""
+
+    def registry_of(self: nn.Module) -> dict[str, Any]:
+        for registry in ("_parameters", "_buffers", "_modules"):
+            if name in self.__dict__[registry]:
+                return self.__dict__[registry]  # type: ignore[no-any-return]
+        return self.__dict__
+
+    def read(self: nn.Module) -> Any:
+        registry = registry_of(self)
+        if name not in registry:
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return registry[name]
+
+    def write(self: nn.Module, value: Any) -> None:
+        registry_of(self)[name] = value
+
+    return property(read, write)
+
+
+def conflicting_names(layout: nn.Module, original: type[nn.Module]) -> frozenset[str]:
+    """Names of the layout's tensors, children and attributes that the original's class defines in another way."""
+    registered = {*layout._parameters, *layout._buffers, *layout._modules}
+    plain = {name for name in vars(layout) if name not in vars(nn.Module())}
+    found = set()
+    for base in original.__mro__:
+        if base in (nn.Module, object):
+            continue
+        for name, value in vars(base).items():
+            if name in registered or (name in plain and hasattr(type(value), "__set__")):
+                found.add(name)
+    return frozenset(found)
+
+
+# --- the forwards
+
+
+def _kernel_forward(key: ClassKey) -> Callable[..., Any]:
+    """The forward of a host: the kernel's for the mode, or the original's where that was allowed."""
+    original = key.original.forward
+    runs = {
+        (training, compiling): _adapted(kernel, key.original) for training, compiling, kernel in key.modes
+    }
+    names = {(training, compiling): kernel.name for training, compiling, kernel in key.modes}
+    supports = {(training, compiling): kernel.supports for training, compiling, kernel in key.modes}
+    if key.role == "function":
+        runs, names = _function_forwards(key)
+        supports = dict.fromkeys(runs)
+    note_trace = _trace_counter(key)
+    rebound = key.role != "host"
+
+    def run_original(self: nn.Module, site: Site, args: Any, kwargs: Any) -> Any:
+        if not torch.compiler.is_compiling():
+            site.reference_calls += 1
+        return original(self, *args, **kwargs) if rebound else self._kernelgraft.reference(*args, **kwargs)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        site: Site = self._kernelgraft.site  # type: ignore[assignment,union-attr]
+        compiling = torch.compiler.is_compiling()
+        mode = (self.training, compiling)
+        if site.runs_originals(self.training):
+            if not site.use_reference and site.fallback != "reference":
+                raise GraftError(_why_not(site, names, mode))
+            return run_original(self, site, args, kwargs)
+        if site.refused:
+            site.refused.discard(_thread())
+        supported = supports[mode]
+        if supported is not None:
+            answer = _ask(supported, site, args, kwargs)
+            if answer is not True:
+                return _run_refused(self, site, args, kwargs, f"{names[mode]} refuses the call: {answer}", run_original)
+        if compiling:
+            note_trace()
+        else:
+            site.kernel_calls += 1
+        out = runs[mode](self, *args, **kwargs)
+        if not compiling and torch.is_grad_enabled() and _lost_gradient(self, args, kwargs, out):
+            site.declined = f"{names[mode]} gives outputs without a gradient"
+            return _run_refused(self, site, args, kwargs, site.declined, run_original)
+        return out
+
+    shown: Any = key.modes[0][2].forward_class if key.modes else key.original
+    forward.__name__, forward.__qualname__ = "forward", f"{shown.__qualname__}.forward"
+    forward.__doc__ = shown.forward.__doc__
+    forward.__signature__ = inspect.signature(shown.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def _function_forwards(key: ClassKey) -> tuple[dict[Mode, Callable[..., Any]], dict[Mode, str]]:
+    """The original's forward for each mode, calling the function kernels of that mode."""
+    by_mode: dict[Mode, dict[str, Kernel]] = {}
+    for name, modes in key.functions:
+        for training, compiling, kernel in modes:
+            by_mode.setdefault((training, compiling), {})[name] = kernel
+    runs = {
+        mode: with_globals(key.original.forward, {name: function_of(kernel) for name, kernel in kernels.items()})
+        for mode, kernels in by_mode.items()
+    }
+    return runs, {mode: "|".join(kernel.name for kernel in kernels.values()) for mode, kernels in by_mode.items()}
+
+
+def _absorbed_forward(key: ClassKey) -> Callable[..., Any]:
+    parameters = list(inspect.signature(key.original.forward).parameters)[1:]
+    first = parameters[0] if parameters else ""
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        slot: Slot = self._kernelgraft  # type: ignore[assignment]
+        site = slot.site
+        if site.runs_originals(self.training) or (slot.is_behind and _thread() in site.refused):
+            return slot.reference(*args, **kwargs)
+        return args[0] if args else kwargs[first]
+
+    return forward
+
+
+def _run_refused(
+    self: nn.Module, site: Site, args: Any, kwargs: Any, why: str, run_original: Callable[..., Any]
+) -> Any:
+    """The kernel refused this very call: the originals do the work, if that was allowed.
+
+    What flows into the host has passed through its absorbed slots untouched by now, so their originals run here; those
+    behind the host see that the call was refused and run their own.
+    """
+    if site.fallback != "reference":
+        raise GraftError(f"At {site.host!r}: {why}. {_FALLBACK_HINT}")
+    site.refused.add(_thread())
+    for slot in self._kernelgraft.before:  # type: ignore[union-attr]
+        if args:
+            args = (slot.reference(args[0]), *args[1:])
+        else:
+            first = next(iter(kwargs))
+            kwargs = {**kwargs, first: slot.reference(kwargs[first])}
+    return run_original(self, site, args, kwargs)
+
+
+_FALLBACK_HINT = (
+    'Pass KernelConfig(..., fallback="reference") to let the original forward run in such a case, or remove the graft.'
+)
+
+
+def _why_not(site: Site, names: Mapping[tuple[bool, bool], str], mode: tuple[bool, bool]) -> str:
+    if site.declined:
+        return f"At {site.host!r}: {site.declined}, and gradients are asked for. {_FALLBACK_HINT}"
+    training, compiling = mode
+    wanted = ("training" if training else "inference") + (" under torch.compile" if compiling else "")
+    have = ", ".join(
+        f"{name} for {'training' if t else 'inference'}{' under torch.compile' if c else ''}"
+        for (t, c), name in names.items()
+    )
+    return f"At {site.host!r} there is no kernel for {wanted}; there is {have or 'none'}. {_FALLBACK_HINT}"
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+
+
+def _ask(supports: Callable[..., bool | str], site: Site, args: Any, kwargs: Any) -> bool | str:
+    """What the kernel says of this call; a call that looks like the last accepted one costs one comparison."""
+    if torch.compiler.is_compiling():
+        return supports(*args, **kwargs)
+    looks = tuple(_look(value) for value in tree_leaves((args, kwargs)))
+    if looks == site.accepted:
+        return True
+    answer = supports(*args, **kwargs)
+    if answer is True:
+        site.accepted = looks
+        return True
+    return answer or "supports() returned False"
+
+
+def _look(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (value.shape, value.dtype, value.stride(), value.device, value.requires_grad)
+    return value if isinstance(value, int | float | str | bool | None) else type(value)
+
+
+def _lost_gradient(self: nn.Module, args: Any, kwargs: Any, out: Any) -> bool:
+    """Whether no output has a gradient although an input or a parameter asks for one."""
+    outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
+    if not outputs or any(leaf.requires_grad for leaf in outputs):
+        return False
+    inputs = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
+    return any(leaf.requires_grad for leaf in inputs) or any(leaf.requires_grad for leaf in self.parameters())
+
+
+def _trace_counter(key: ClassKey) -> Callable[[], bool]:
+    counts = traces_of
+
+    def note_trace() -> bool:
+        counts[key] = counts.get(key, 0) + 1
+        return True
+
+    # What torch.compiler.assume_constant_result sets; calling that would import dynamo, a second, for every load.
+    note_trace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return note_trace
+
+
+traces_of: "weakref.WeakKeyDictionary[ClassKey, int]" = weakref.WeakKeyDictionary()
+"""How often `torch.compile` traced the kernel of a generated class: per class, since compiled code is shared."""
+
+
+# --- a kernel's forward in the place of the original's
+
+
+def renamed_keywords(kernel: type, original: type[nn.Module]) -> dict[str, str]:
+    """The keywords to hand over under another name, so that the kernel gets what the original got.
+
+    Args:
+        kernel: The kernel's class.
+        original: The class whose forward it replaces.
+
+    Returns:
+        The kernel's name for each keyword that the original knows under another one.
+
+    Raises:
+        PlanError: The kernel would not get something that the original's forward names, needs something that the
+            original does not have, or does not take the further keywords that the original takes.
+    """
+    ours = list(inspect.signature(kernel.forward).parameters.values())[1:]  # type: ignore[attr-defined]
+    theirs = list(inspect.signature(original.forward).parameters.values())[1:]
+    if any(p.kind is p.VAR_POSITIONAL for p in (*ours, *theirs)):
+        return {}
+    our_names = [p.name for p in ours if p.kind is not p.VAR_KEYWORD]
+    their_names = [p.name for p in theirs if p.kind is not p.VAR_KEYWORD]
+    renames: dict[str, str] = {}
+    for index, parameter in enumerate(p for p in ours if p.kind is not p.VAR_KEYWORD):
+        name = parameter.name
+        if name in their_names:
+            continue
+        alias = next((theirs for theirs in _aliases(name) if theirs in their_names), None)
+        if alias is None and index < len(their_names) and their_names[index] not in our_names:
+            other = their_names[index]
+            alias = other if not any(a in our_names for a in _aliases(other)) else None
+        if alias is not None:
+            renames[alias] = name
+        elif parameter.default is parameter.empty:
+            raise _signature_error(kernel, original, f"the kernel needs {name!r}, which the original does not take")
+    lost = [name for name in their_names if name not in our_names and name not in renames]
+    takes_more = any(p.kind is p.VAR_KEYWORD for p in ours)
+    if lost and (takes_more or any(p.default is p.empty for p in theirs if p.name in lost)):
+        raise _signature_error(kernel, original, f"the kernel would not get {', '.join(map(repr, lost))} by name")
+    if any(p.kind is p.VAR_KEYWORD for p in theirs) and not takes_more:
+        raise _signature_error(kernel, original, "the original takes further keywords (**kwargs), the kernel does not")
+    for old, new in ALIASES:
+        for name, other in ((old, new), (new, old)):
+            if name in our_names and other not in our_names:
+                renames[other] = name
+    return renames
+
+
+def _aliases(name: str) -> list[str]:
+    return [b if name == a else a for a, b in ALIASES if name in (a, b)]
+
+
+def _signature_error(kernel: type, original: type[nn.Module], why: str) -> PlanError:
+    return PlanError(
+        f"{kernel.__name__}.forward{inspect.signature(kernel.forward)} cannot stand for "  # type: ignore[attr-defined]
+        f"{original.__name__}.forward{inspect.signature(original.forward)}: {why}. "
+        f"Give the kernel's forward the original's parameters, by their names."
+    )
+
+
+def _adapted(kernel: Kernel, original: type[nn.Module]) -> Callable[..., Any]:
+    """The kernel's forward, taking what the original's callers pass: renamed keywords, and arguments by their place."""
+    run = kernel.forward_class.forward
+    renames = renamed_keywords(kernel.forward_class, original)
+    ours = [p.name for p in list(inspect.signature(run).parameters.values())[1:] if p.kind is p.POSITIONAL_OR_KEYWORD]
+    theirs = [
+        p.name
+        for p in list(inspect.signature(original.forward).parameters.values())[1:]
+        if p.kind is p.POSITIONAL_OR_KEYWORD
+    ]
+    in_order = [renames.get(name, name) for name in theirs][: len(ours)] == ours[: len(theirs)]
+    if not renames and in_order:
+        return run  # type: ignore[no-any-return]
+
+    def adapted(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not in_order:
+            kwargs = {**dict(zip(theirs, args, strict=False)), **kwargs}
+            args = ()
+        kwargs = {renames.get(name, name): value for name, value in kwargs.items()}
+        return run(self, *args, **kwargs)
+
+    return adapted
+
+
+def read_attributes(kernel: type) -> list[str]:
+    """The attributes of `self` that a kernel's forward reads: annotated in its class, or found in its code."""
+    forward = inspect.unwrap(kernel.forward)  # type: ignore[attr-defined]
+    code = getattr(forward, "__code__", None)
+    names = [name for base in kernel.__mro__ if base is not nn.Module for name in inspect.get_annotations(base)]
+    if code is not None and code.co_argcount:
+        me = code.co_varnames[0]
+        loaded: Any = None
+        for step in dis.get_instructions(code):
+            if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and loaded == me:
+                names.append(step.argval)
+            # Newer Pythons load two names in one step; the last of them is what the next step reads from.
+            loaded = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
+            if not step.opname.startswith("LOAD_FAST"):
+                loaded = None
+    return [name for name in dict.fromkeys(names) if not name.startswith("__")]

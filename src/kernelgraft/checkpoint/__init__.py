@@ -1,0 +1,1 @@
+"""Checkpoints: files opened as lazy tensors, and lazy tensors turned into parameters."""

@@ -1,0 +1,269 @@
+"""One site put into a model, and taken out again.
+
+Packed parameters are filled here, straight from the originals: live tensors, or the lazy ones of a checkpoint. A
+parameter that is packed whole is the same `Parameter` object before, during and after a graft.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelgraft.binding import ClassKey, bound_class
+from kernelgraft.checkpoint.fill import resolve
+from kernelgraft.conversion.lazy import LazyTensor
+from kernelgraft.conversion.program import Part, Program
+from kernelgraft.layouts import Made, put_value
+from kernelgraft.planner import PreparedFunction, PreparedSite
+from kernelgraft.slot import HOOK_DICTS, KEY, GraftedModule, Site, Slot, add_stubs, put_tensor, tensor_at
+
+_CHECKPOINTING = "gradient_checkpointing"
+
+
+def install_site(model: nn.Module, prepared: PreparedSite, fallback: str) -> tuple[Site, dict[str, nn.Module]]:
+    """Put one site into the model.
+
+    Returns:
+        What its slots share, and the modules that now stand at its paths.
+    """
+    paths, keys = prepared.site.paths, prepared.keys
+    modes = next((key.modes for key in keys if key.modes), ())
+    site = Site(prepared.site.host, frozenset((training, compiling) for training, compiling, _ in modes), fallback)
+    if prepared.made is None:
+        return _rebind(model, site, paths[0], keys[0])
+    members = [model.get_submodule(path) for path in paths]
+    program = prepared.kind.program
+    assert program is not None
+    filled = _fill(prepared, prepared.made, program, members, model)
+    values = {name: value.to(_device(filled, members)) for name, value in prepared.made.values().items()}
+    # From here on nothing can fail: it is assignments only.
+    layout = prepared.made.layout
+    _put_all(layout, filled)
+    for name, value in values.items():
+        put_value(layout, name, value)
+    for name, kept in prepared.made.kept.items():
+        index, _, local = kept.partition(".")
+        if name not in filled:
+            put_tensor(layout, name, tensor_at(members[int(index)], local))
+    layout.train(members[paths.index(site.host)].training)
+    modules: dict[str, nn.Module] = {}
+    slots = []
+    for index, (path, member, key) in enumerate(zip(paths, members, keys, strict=True)):
+        parts = _parts_of(program, index)
+        _empty(member, parts)
+        slot = Slot(path, site, member, layout, parts)
+        slots.append(slot)
+        modules[path] = _stand_in(layout if slot.is_host else nn.Module(), slot, key)
+    position = paths.index(site.host)
+    slots[position].before = tuple(slots[:position])
+    for slot in slots[position + 1 :]:
+        slot.is_behind = True
+    for path, module in modules.items():
+        _put_module(model, path, module)
+    return site, modules
+
+
+def rebind_function(
+    model: nn.Module, prepared: PreparedFunction, fallback: str
+) -> tuple[Site, dict[str, nn.Module]]:
+    """Let the forward of one module call function kernels."""
+    by_function = [{(t, c) for t, c, _ in modes} for _, modes in prepared.key.functions]
+    # A mode in which only some of the functions have a kernel runs those, if the others may stay what they are.
+    modes = set.union(*by_function) if fallback == "reference" else set.intersection(*by_function)
+    return _rebind(model, Site(prepared.path, frozenset(modes), fallback), prepared.path, prepared.key)
+
+
+def _rebind(model: nn.Module, site: Site, path: str, key: ClassKey) -> tuple[Site, dict[str, nn.Module]]:
+    module = model.get_submodule(path)
+    vars(module)[KEY] = Slot(path, site, module, module, {})
+    module.__class__ = bound_class(key)
+    return site, {path: module}
+
+
+def _stand_in(module: nn.Module, slot: Slot, key: ClassKey) -> nn.Module:
+    """Make `module` the one that answers for the slot's path."""
+    original = slot.skeleton
+    if not slot.is_host:
+        module.train(original.training)
+    for name in (*HOOK_DICTS, "_is_full_backward_hook"):
+        if name in vars(original):
+            vars(module)[name] = vars(original)[name]
+    for name in _switches(original):
+        vars(module).setdefault(name, vars(original)[name])
+    if _CHECKPOINTING in vars(original):
+        # The slot checkpoints now; inside it the original's forward must not do so once more.
+        setattr(original, _CHECKPOINTING, False)
+    vars(module)[KEY] = slot
+    module.__class__ = bound_class(key)
+    add_stubs(module, slot)
+    _move_hook(original, module)
+    return module
+
+
+def _switches(module: nn.Module) -> list[str]:
+    """Attributes set on the instance that shadow one of its class: `gradient_checkpointing` above all."""
+    own = vars(module)
+    classes = [vars(base) for base in type(module).__mro__ if base not in (nn.Module, object)]
+    plain = vars(nn.Module())
+    return [name for name in own if name not in plain and any(name in names for names in classes)]
+
+
+def _move_hook(source: nn.Module, target: nn.Module) -> None:
+    """Let accelerate's hook, if there is one, run where calls arrive now."""
+    hook = vars(source).get("_hf_hook")
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(source)
+        add_hook_to_module(target, hook)
+
+
+# --- parameters
+
+
+def _fill(
+    prepared: PreparedSite, made: Made, program: Program, members: list[nn.Module], model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """Every packed parameter and buffer with its values."""
+    originals = {
+        f"{index}.{name}": tensor
+        for index, member in enumerate(members)
+        for name, tensor in (*member.named_parameters(), *member.named_buffers())
+    }
+    whole = {part.packed[0]: name for name in program.sources if (part := program.part(name)).kind == "whole"}
+    computed = _compute(prepared, program, originals, model) if program.computed else {}
+    filled: dict[str, torch.Tensor] = {}
+    for target in program.targets:
+        like = tensor_at(made.layout, target)
+        if target in whole and target not in program.casts and isinstance(like, nn.Parameter):
+            filled[target] = _whole(originals[whole[target]], members, whole[target])
+            continue
+        sources = [originals[piece.source.name] for piece in program.pieces if piece.target.name == target]
+        sources = sources or [originals[name] for name in program.computed.get(target, ())]
+        if target in computed:
+            value = computed[target]
+        else:
+            dtype = getattr(torch, program.casts[target]) if target in program.casts else sources[0].dtype
+            value = torch.empty(program.targets[target], dtype=dtype, device=sources[0].device)
+            program.fill(target, value, originals.__getitem__)
+        if isinstance(like, nn.Parameter):
+            value = nn.Parameter(value, requires_grad=any(source.requires_grad for source in sources))
+        filled[target] = value
+    return filled
+
+
+def _whole(original: torch.Tensor, members: list[nn.Module], name: str) -> torch.Tensor:
+    """A parameter that is packed as it is; a lazy one gets its bytes, where all that share it see them."""
+    if isinstance(original, LazyTensor):
+        original = resolve(original)
+        index, _, local = name.partition(".")
+        put_tensor(members[int(index)], local, original)
+    return original
+
+
+def _compute(
+    prepared: PreparedSite, program: Program, originals: Mapping[str, torch.Tensor], model: nn.Module
+) -> dict[str, torch.Tensor]:
+    """What a rule computes, and does not only move, from the originals' values."""
+    assert prepared.rules is not None
+    used = {
+        name: tensor.materialize() if isinstance(tensor, LazyTensor) else tensor.detach()
+        for name, tensor in originals.items()
+    }
+    paths = prepared.site.paths
+    config = getattr(model, "config", None)
+    names = list(program.targets)
+    prefix = getattr(model, "base_model_prefix", "")
+    converted = prepared.rules.run(
+        used, paths, prepared.site.host, prefix=prefix, model=model, config=config, packed_names=names
+    )
+    return {name: converted.packed[name].contiguous() for name in program.computed}
+
+
+def _parts_of(program: Program, index: int) -> dict[str, Part]:
+    prefix = f"{index}."
+    return {name[len(prefix) :]: program.part(name) for name in program.sources if name.startswith(prefix)}
+
+
+def _empty(member: nn.Module, parts: Mapping[str, Part]) -> None:
+    """Take the bytes of the originals that are packed now; the objects stay what they are."""
+    for name, part in parts.items():
+        original = tensor_at(member, name)
+        nothing = torch.empty(0, dtype=original.dtype, device=original.device)
+        if part.kind == "whole":
+            put_tensor(member, name, nn.Parameter(nothing, requires_grad=False))
+        elif isinstance(original, LazyTensor) or not isinstance(original, nn.Parameter):
+            grad = isinstance(original, nn.Parameter) and original.requires_grad
+            put_tensor(member, name, nn.Parameter(nothing, requires_grad=grad) if grad else nothing)
+        else:
+            original.data, original.grad = nothing, None
+
+
+def _put_all(layout: nn.Module, filled: Mapping[str, torch.Tensor]) -> None:
+    """Put the values in, wherever the layout keeps the tensor that they stand for (it may do so twice)."""
+    by_id = {id(tensor_at(layout, name)): value for name, value in filled.items()}
+    for module in layout.modules():
+        for registry in (module._parameters, module._buffers):
+            for name, tensor in registry.items():
+                if tensor is not None and id(tensor) in by_id:
+                    registry[name] = by_id[id(tensor)]  # type: ignore[assignment]
+
+
+def _device(filled: Mapping[str, torch.Tensor], members: list[nn.Module]) -> torch.device:
+    for tensor in filled.values():
+        return tensor.device
+    for member in members:
+        for parameter in member.parameters():
+            return parameter.device
+    return torch.device("cpu")
+
+
+# --- and back
+
+
+def restore_site(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put the originals of one site back, with the weights as they are now."""
+    for path, module in modules.items():
+        slot: Slot = vars(module)[KEY]
+        if not isinstance(module, GraftedModule):
+            key: ClassKey = type(module)._kernelgraft_maker  # type: ignore[attr-defined]
+            module.__class__ = key.original
+            del vars(module)[KEY]
+            continue
+        original = slot.skeleton
+        _refill(slot, original)
+        for name in (*_switches_of(module, original), "_gradient_checkpointing_func"):
+            if name in vars(module):
+                vars(original)[name] = vars(module)[name]
+        _move_hook(module, original)
+        _put_module(model, path, original)
+
+
+def _switches_of(module: nn.Module, original: nn.Module) -> list[str]:
+    kept = {*_switches(original), _CHECKPOINTING}
+    return [name for name in _switches(module) if name in kept]
+
+
+def _refill(slot: Slot, original: nn.Module) -> None:
+    for name, part in slot.parts.items():
+        if part.kind == "whole":
+            put_tensor(original, name, slot.packed(part.packed[0]))
+            continue
+        with torch.no_grad():
+            value = part.read(slot.packed).clone(memory_format=torch.contiguous_format)
+        before: Any = tensor_at(original, name)
+        if not isinstance(before, nn.Parameter):
+            put_tensor(original, name, value)
+            continue
+        packed = [slot.packed(each) for each in part.packed]
+        before.data = value
+        before.requires_grad_(any(tensor.requires_grad for tensor in packed))
+        if all(tensor.grad is not None for tensor in packed):
+            grads = {each: tensor.grad for each, tensor in zip(part.packed, packed, strict=True)}
+            before.grad = part.read(grads.__getitem__).clone(memory_format=torch.contiguous_format)  # type: ignore[arg-type]
+
+
+def _put_module(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    model.get_submodule(parent)._modules[name] = module

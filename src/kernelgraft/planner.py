@@ -1,0 +1,708 @@
+"""Makes plans, and proves them complete on names and shapes alone, before a byte is read.
+
+The outcome is a `Blueprint`: the `Plan`, which is data, and what a graft needs beside it (layouts on the meta device,
+classes to bind), which is not. Nothing of the model has changed when it is there.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelgraft.binding import ClassKey, Modes, bound_class, conflicting_names, read_attributes
+from kernelgraft.config import MISSING, Entry, KernelConfig, device_type, select
+from kernelgraft.conversion.lazy import LazyTensor, TensorSource
+from kernelgraft.conversion.program import Program
+from kernelgraft.conversion.rules import Converted, Rules, read_rules
+from kernelgraft.errors import KernelError, KernelGraftError, PlanError
+from kernelgraft.functions import called_functions, check_function, find_functions
+from kernelgraft.kernel import Kernel, load_kernel, require_layout
+from kernelgraft.layouts import Made, make_layout
+from kernelgraft.matching import (
+    Claim,
+    NearMiss,
+    check_overlaps,
+    collapse_paths,
+    find_fusions,
+    find_modules,
+    near_misses,
+    no_module_message,
+)
+from kernelgraft.plan import FunctionPlan, KernelUse, KindPlan, Plan, Rejected, SitePlan
+from kernelgraft.recording import Arguments
+from kernelgraft.refusals import (
+    check_members,
+    check_one_device,
+    check_recorded_outputs,
+    check_shared,
+    check_sources_agree,
+)
+from kernelgraft.soundness import FusionSite, Run, check_soundness
+
+MODES = ((False, False), (True, False), (False, True), (True, True))
+"""`(training, compiling)`, in the order in which they are looked at."""
+
+
+@dataclass
+class Subject:
+    """The model that a plan is for, and what is known about it.
+
+    Attributes:
+        model: The model; on the meta device if it is being loaded.
+        live: Whether its parameters hold values.
+        skeleton: The same model on the meta device, if there is one: there a forward costs nothing.
+        arguments: What the `__init__` of the module at a path got, if that is known.
+        device_of: The device on which a parameter is, or will be.
+        run: One forward of the model it is given, for the soundness of fusions.
+        tied: Parameters that will be tied after loading: target to source.
+        prefix: The `base_model_prefix`, "" if there is none.
+    """
+
+    model: nn.Module
+    live: bool
+    skeleton: nn.Module | None = None
+    arguments: Callable[[str], Arguments | None] = lambda path: None
+    device_of: Callable[[str], torch.device] | None = None
+    run: Run | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+
+    def device(self, name: str, tensor: torch.Tensor) -> torch.device:
+        """Where the parameter called `name` is, or will be."""
+        return self.device_of(name) if self.device_of else tensor.device
+
+
+@dataclass
+class PreparedSite:
+    """What a graft needs to make one site: the plan's part, the layout, and the classes of its slots."""
+
+    site: SitePlan
+    kind: KindPlan
+    entry: Entry
+    keys: tuple[ClassKey, ...]
+    made: Made | None
+    rules: Rules | None
+
+
+@dataclass
+class PreparedFunction:
+    """What a graft needs to rebind one module's forward to function kernels."""
+
+    path: str
+    key: ClassKey
+    entry: Entry
+
+
+@dataclass
+class Blueprint:
+    """A plan and what is needed to carry it out."""
+
+    plan: Plan
+    sites: list[PreparedSite]
+    functions: list[PreparedFunction]
+    config: KernelConfig
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """A claim together with the entry that makes it; `inherited` entries may fail without an error."""
+
+    claim: Claim
+    entry: Entry
+    inherited: bool
+
+
+def make_blueprint(
+    subject: Subject, config: KernelConfig, inherited: Sequence[Entry] = (), rejected: Sequence[Rejected] = ()
+) -> Blueprint:
+    """Plan a graft.
+
+    Args:
+        subject: The model.
+        config: What the user asked for.
+        inherited: Entries of a default table, for what the config does not name; what does not fit of them is left
+            out and listed.
+        rejected: What is known already not to be there, for the list.
+
+    Raises:
+        PlanError: Something that the config asks for cannot be done; nothing has changed.
+        KernelError: A kernel cannot be loaded.
+    """
+    return _Planner(subject, config, inherited, rejected).blueprint()
+
+
+class _Planner:
+    def __init__(
+        self, subject: Subject, config: KernelConfig, inherited: Sequence[Entry], rejected: Sequence[Rejected]
+    ) -> None:
+        self.subject = subject
+        self.config = config
+        named = {entry.target for entry in config.entries}
+        self.entries = [(entry, False) for entry in config.entries]
+        self.entries += [(entry, True) for entry in inherited if entry.target not in named]
+        self.modules = dict(subject.model.named_modules())
+        self.device = _device_of(subject)
+        self.rejected = list(rejected)
+        self.kernels: dict[int, Kernel] = {}
+        self.kinds: dict[Any, tuple[int, KindPlan, Rules | None]] = {}
+        self.users = _users(subject.model)
+
+    def blueprint(self) -> Blueprint:
+        wanted = self._wanted()
+        prepared = [site for want in wanted if (site := self._prepare(want)) is not None]
+        prepared = self._check_chains(prepared)
+        functions, function_plans = self._functions({path for site in prepared for path in site.site.paths})
+        order = {path: index for index, path in enumerate(self.modules)}
+        prepared.sort(key=lambda site: order[site.site.paths[0]])
+        plan = Plan(
+            model=type(self.subject.model).__name__,
+            device=device_type(self.device),
+            sites=tuple(site.site for site in prepared),
+            kinds=tuple(kind for _, kind, _ in self.kinds.values()),
+            functions=tuple(function_plans),
+            rejected=_grouped(self.rejected),
+            near_misses=tuple(self._near_misses(prepared)),
+        )
+        return Blueprint(plan, prepared, functions, self.config)
+
+    # --- claims
+
+    def _wanted(self) -> list[_Wanted]:
+        """Fusions first; a single-module entry applies to what they leave."""
+        wanted = []
+        for entry, inherited in self.entries:
+            if entry.is_fusion:
+                pairs: Any = entry.target
+                wanted += [
+                    _Wanted(claim, entry, inherited)
+                    for claim in find_fusions(self.modules, pairs, self.subject.prefix)
+                ]
+        check_overlaps([want.claim for want in wanted])
+        taken = {path for want in wanted for path in want.claim.paths}
+        singles = [want for entry, inherited in self.entries for want in self._single(entry, inherited, taken)]
+        check_overlaps([want.claim for want in (*wanted, *singles) if not want.inherited])
+        return wanted + self._without_overlaps(wanted, singles)
+
+    def _single(self, entry: Entry, inherited: bool, taken: set[str]) -> list[_Wanted]:
+        if entry.is_fusion:
+            return []
+        name = str(entry.target)
+        claims = find_modules(self.modules, name)
+        if not claims and not inherited and not find_functions(self.modules, name):
+            functions = {f for module in self.modules.values() for f in called_functions(type(module))}
+            raise PlanError(no_module_message(self.modules, name, sorted(functions)))
+        left = [claim for claim in claims if claim.paths[0] not in taken]
+        if claims and not left:
+            self.rejected.append(Rejected(entry.label, "", "fusions have taken all of its modules over"))
+        return [_Wanted(claim, entry, inherited) for claim in left]
+
+    def _without_overlaps(self, fusions: list[_Wanted], singles: list[_Wanted]) -> list[_Wanted]:
+        """Leave out what a default table offers inside, or around, what was asked for."""
+        asked = {path for want in (*fusions, *singles) if not want.inherited for path in want.claim.paths}
+        kept = []
+        for want in singles:
+            path = want.claim.paths[0]
+            near = next((p for p in asked if p == path or _inside(p, path) or _inside(path, p)), None)
+            if want.inherited and near is not None:
+                self.rejected.append(Rejected(want.entry.label, path, f"another kernel was asked for at {near}"))
+            else:
+                asked.add(path)
+                kept.append(want)
+        return kept
+
+    # --- kernels
+
+    def _modes(self, entry: Entry, device: torch.device, place: str, inherited: bool) -> Modes | None:
+        """The kernels of an entry by mode; `None` if the place is to be left as it is."""
+        modes = choose_modes(entry, device, self._load)
+        if modes:
+            return modes
+        if modes is None:
+            return self._leave(entry, place, "left alone, as the config says")
+        reason = f"the config has no kernel for {device_type(device)!r}"
+        if not inherited and self.config.fallback != "reference":
+            raise PlanError(
+                f"{entry.label}: {reason}. Add an entry for {device_type(device)!r} ('' leaves the module alone), or pass "
+                f'KernelConfig(..., fallback="reference").'
+            )
+        return self._leave(entry, place, reason)
+
+    def _leave(self, entry: Entry, place: str, reason: str) -> None:
+        self.rejected.append(Rejected(entry.label, place, reason))
+
+    def _load(self, use: Any) -> Kernel:
+        if id(use) not in self.kernels:
+            self.kernels[id(use)] = load_kernel(use, backend="cpu" if self.device.type == "cpu" else None)
+        return self.kernels[id(use)]
+
+    # --- sites
+
+    def _prepare(self, want: _Wanted) -> PreparedSite | None:
+        place = " + ".join(want.claim.paths)
+        try:
+            return self._site(want, place)
+        except KernelGraftError as error:
+            if not want.inherited:
+                raise
+            return self._leave(want.entry, place, str(error))
+        except Exception as error:
+            # A default table leads to code and to servers that the user did not name: what it cannot give is listed.
+            if not want.inherited:
+                raise
+            return self._leave(want.entry, place, f"{type(error).__name__}: {error}")
+
+    def _site(self, want: _Wanted, place: str) -> PreparedSite | None:
+        claim, entry = want.claim, want.entry
+        members = [self.modules[path] for path in claim.paths]
+        self._check_not_shared(claim.paths)
+        check_members(claim.paths, members, live=self.subject.live)
+        devices = {
+            f"{path}.{name}": self.subject.device(f"{path}.{name}", tensor)
+            for path, member in zip(claim.paths, members, strict=True)
+            for name, tensor in member.named_parameters()
+        }
+        check_one_device(claim.paths[0], devices)
+        modes = self._modes(entry, next(iter(devices.values()), self.device), place, want.inherited)
+        if modes is None:
+            return None
+        layout = _one_layout(entry, modes, fused=claim.is_fusion)
+        if layout is None:
+            return self._rebound(want, members[0], modes)
+        host = _host_index(layout, claim.paths)
+        arguments = None if claim.is_fusion else self.subject.arguments(claim.paths[0])
+        made = make_layout(layout, members, arguments)
+        kind_index, kind, rules = self._kind(entry, modes, made, claim.paths, members, host)
+        self._check_tensors(claim.paths, members, kind, devices)
+        keys = tuple(
+            ClassKey("host", type(member), layout, modes, (), conflicting_names(made.layout, type(member)))
+            if index == host
+            else ClassKey("absorbed", type(member), None, (), ())
+            for index, member in enumerate(members)
+        )
+        for key in keys:
+            bound_class(key)
+        _check_attributes(modes, made.layout, members[host], claim.paths[host])
+        self._check_recorded(claim.paths, members, host)
+        site = SitePlan(claim.paths[host], claim.paths, kind_index)
+        return PreparedSite(site, kind, entry, keys, made, rules)
+
+    def _rebound(self, want: _Wanted, member: nn.Module, modes: Modes) -> PreparedSite:
+        """A stateless kernel: it runs on the original's own parameters."""
+        path = want.claim.paths[0]
+        key = ClassKey("rebound", type(member), None, modes)
+        bound_class(key)
+        _check_attributes(modes, member, member, path)
+        identity = (want.entry.target, modes, type(member))
+        if identity not in self.kinds:
+            plan = KindPlan(want.entry.label, (type(member).__name__,), "", _uses(modes), None)
+            self.kinds[identity] = (len(self.kinds), plan, None)
+        index, kind, _ = self.kinds[identity]
+        return PreparedSite(SitePlan(path, (path,), index), kind, want.entry, (key,), None, None)
+
+    def _check_not_shared(self, paths: Sequence[str]) -> None:
+        for path in paths:
+            names = self.users[id(self.modules[path])]
+            if len(names) > 1:
+                raise PlanError(
+                    f"{path!r} is one module that stands at several paths ({', '.join(names)}), so it cannot be "
+                    f"replaced at one of them. Leave it out of the config."
+                )
+
+    def _kind(
+        self, entry: Entry, modes: Modes, made: Made, paths: Sequence[str], members: Sequence[nn.Module], host: int
+    ) -> tuple[int, KindPlan, Rules | None]:
+        """The kind of a site; its rules are run once, for the first site of the kind."""
+        layout = type(made.layout)
+        rules = read_rules(layout, argument_names(layout, len(members)) if len(members) > 1 else ())
+        identity = (
+            entry.target,
+            modes,
+            tuple(type(member) for member in members),
+            tuple((index, *item) for index, member in enumerate(members) for item in _shapes(member)),
+            _shapes(made.layout),
+            paths[host] if _names_places(layout) else None,
+        )
+        if identity not in self.kinds:
+            program, dropped = self._trace(rules, made, paths, members, host)
+            irreversible = tuple((name, program.why(name)) for name in program.irreversible)
+            plan = KindPlan(
+                target=entry.label,
+                classes=tuple(type(member).__name__ for member in members),
+                layout=layout.__name__,
+                kernels=_uses(modes),
+                program=program,
+                dropped=dropped,
+                irreversible=irreversible,
+            )
+            self.kinds[identity] = (len(self.kinds), plan, rules)
+        return self.kinds[identity]
+
+    def _trace(
+        self, rules: Rules, made: Made, paths: Sequence[str], members: Sequence[nn.Module], host: int
+    ) -> tuple[Program, tuple[str, ...]]:
+        originals = _originals(members)
+        lazies = {name: LazyTensor.of(TensorSource(name, tensor)) for name, tensor in originals.items()}
+        model = self.subject.model
+        converted = rules.run(
+            lazies,
+            paths,
+            paths[host],
+            prefix=self.subject.prefix,
+            model=model,
+            config=getattr(model, "config", None),
+            packed_names=[name for name, _ in _named_tensors(made.layout)],
+        )
+        outputs = _assign_targets(converted, made, lazies, paths, host)
+        used = _used(outputs, lazies, converted.origins)
+        program = Program.trace(outputs, {name: lazies[name] for name in used}, converted.origins)
+        program.check_filled()
+        layout = type(made.layout)
+        dropped = tuple(getattr(layout, "dropped", ()))
+        parameters = {f"{i}.{n}" for i, member in enumerate(members) for n, _ in member.named_parameters()}
+        unused = [name for name in originals if name in parameters and name not in program.sources]
+        known = {name for name in unused if _spellings(name, argument_names(layout, len(members))) & set(dropped)}
+        lost = [name for name in unused if name not in known]
+        if lost:
+            spelt = ", ".join(_full(name, paths) for name in lost)
+            raise PlanError(
+                f"{spelt} would be lost: no rule of {layout.__name__} uses it. Add a rule, or list it: dropped = "
+                f"({', '.join(repr(_spelt(name, argument_names(layout, len(members)))) for name in lost)},)."
+            )
+        return program, tuple(name for name in unused if name in known)
+
+    def _check_tensors(
+        self, paths: Sequence[str], members: Sequence[nn.Module], kind: KindPlan, devices: Mapping[str, torch.device]
+    ) -> None:
+        assert kind.program is not None
+        originals = _originals(members)
+        by_target: dict[str, dict[str, torch.Tensor]] = {}
+        for piece in kind.program.pieces:
+            sources = by_target.setdefault(piece.target.name, {})
+            sources[_full(piece.source.name, paths)] = originals[piece.source.name]
+        for target, sources in by_target.items():
+            where = {name: devices.get(name, "") for name in sources}
+            check_sources_agree(paths[0], target, sources, where)
+        taken = {_full(name, paths): originals[name] for name in kind.program.sources}
+        moved = [_full(name, paths) for name in kind.program.sources if kind.program.part(name).kind != "whole"]
+        check_shared(paths[0], taken, moved, self.users, self.subject.tied)
+
+    def _check_recorded(self, paths: Sequence[str], members: Sequence[nn.Module], host: int) -> None:
+        absorbed = {
+            inner_path: module
+            for index, (path, member) in enumerate(zip(paths, members, strict=True))
+            for inner_path, module in member.named_modules(prefix=path)
+            if index != host or module is not member
+        }
+        check_recorded_outputs(self.subject.model, absorbed, paths[host])
+
+    # --- what is proved over the whole model
+
+    def _check_chains(self, prepared: list[PreparedSite]) -> list[PreparedSite]:
+        fused = {
+            FusionSite(site.site.paths[0].rpartition(".")[0], site.site.paths, site.site.host): site
+            for site in prepared
+            if len(site.site.paths) > 1
+        }
+        if not fused:
+            return prepared
+        model = self.subject.skeleton if self.subject.skeleton is not None else self.subject.model
+        live = self.subject.live and self.subject.skeleton is None
+        verdicts = check_soundness(model, list(fused), self.subject.run, live=live)
+        for fusion, verdict in verdicts.items():
+            if verdict.sound is False:
+                raise PlanError(
+                    f"The fusion {' + '.join(fusion.members)} is not sound: {verdict.reason}. The fused kernel gives "
+                    f"only its own output, so what else uses a member's would get something else. Leave this fusion "
+                    f"out of the config."
+                )
+        for identity, (index, kind, rules) in list(self.kinds.items()):
+            reasons = [verdicts[f].reason for f, site in fused.items() if site.site.kind == index]
+            if reasons:
+                self.kinds[identity] = (index, replace(kind, checked=_agreed(reasons)), rules)
+        for site in fused.values():
+            site.kind = next(kind for index, kind, _ in self.kinds.values() if index == site.site.kind)
+        return prepared
+
+    def _functions(self, taken: set[str]) -> tuple[list[PreparedFunction], list[FunctionPlan]]:
+        plans: list[FunctionPlan] = []
+        by_path: dict[str, list[tuple[str, Modes]]] = {}
+        entries: dict[str, Entry] = {}
+        for entry, inherited in self.entries:
+            if entry.is_fusion:
+                continue
+            found = find_functions(self.modules, str(entry.target))
+            free = {path: name for path, name in found.items() if path not in taken and not _within(path, taken)}
+            if found and not free:
+                self._leave(entry, "", "every module that calls the function runs a kernel of its own")
+            for name in dict.fromkeys(free.values()):
+                paths = tuple(path for path in free if free[path] == name)
+                modes = self._function_modes(entry, inherited, name, paths)
+                if modes:
+                    plans.append(FunctionPlan(entry.label, name, paths, _uses(modes)))
+                    for path in paths:
+                        by_path.setdefault(path, []).append((name, modes))
+                        entries[path] = entry
+        prepared = [
+            PreparedFunction(
+                path, ClassKey("function", type(self.modules[path]), None, (), tuple(functions)), entries[path]
+            )
+            for path, functions in by_path.items()
+        ]
+        for function in prepared:
+            check_members([function.path], [self.modules[function.path]], live=False)
+            bound_class(function.key)
+        return prepared, plans
+
+    def _function_modes(self, entry: Entry, inherited: bool, name: str, paths: Sequence[str]) -> Modes | None:
+        try:
+            modes = self._modes(entry, self.device, name, inherited)
+            for _, _, kernel in modes or ():
+                check_function(kernel, called_functions(type(self.modules[paths[0]]))[name], name)
+        except Exception as error:
+            if not inherited:
+                raise
+            self._leave(entry, name, f"{type(error).__name__}: {error}")
+            return None
+        return modes
+
+    def _near_misses(self, prepared: Sequence[PreparedSite]) -> list[NearMiss]:
+        taken = {path for site in prepared for path in site.site.paths}
+        found: dict[tuple[str, str], NearMiss] = {}
+        for entry, inherited in self.entries:
+            names = [entry.target] if isinstance(entry.target, str) else [name for name, _ in entry.target]
+            for name in () if inherited else names:
+                for miss in near_misses(self.modules, name, taken):
+                    if not _within(miss.path, taken):
+                        found.setdefault((miss.path, miss.wanted), miss)
+        return list(found.values())
+
+
+# --- small parts
+
+
+def choose_modes(entry: Entry, device: torch.device, load: Callable[[Any], Kernel]) -> Modes | None:
+    """The kernels that an entry runs on a device, by mode; `None` if it leaves the module alone there.
+
+    A kernel without a backward is left out of training. Where the config says nothing about torch.compile, the eager
+    mode's kernel is traced.
+    """
+    found: list[tuple[bool, bool, Kernel]] = []
+    left_alone = False
+    for training, compiling in MODES:
+        use = select(entry, device, training=training, compiling=compiling)
+        if use is MISSING and compiling:
+            use = select(entry, device, training=training)
+        if use is None:
+            left_alone = True
+        elif use is not MISSING:
+            kernel = load(use)
+            if kernel.has_backward or not training:
+                found.append((training, compiling, kernel))
+    return None if left_alone and not found else tuple(found)
+
+
+def argument_names(layout: type[nn.Module], count: int) -> tuple[str, ...]:
+    """The names by which plain-data rules call the members: the first `count` arguments of the layout's `__init__`.
+
+    Raises:
+        PlanError: `__init__` takes fewer.
+    """
+    if count == 1:
+        return ("",)
+    code = layout.__init__.__code__
+    names = code.co_varnames[1 : code.co_argcount]
+    if len(names) < count:
+        raise PlanError(
+            f"{layout.__name__}.__init__({', '.join(names)}) takes {len(names)} modules, and the fusion has {count}. "
+            f"It gets the member modules in the order of the config's tuple."
+        )
+    return names[:count]
+
+
+def _one_layout(entry: Entry, modes: Modes, *, fused: bool) -> type[nn.Module] | None:
+    layouts = dict.fromkeys(require_layout(kernel) if fused else kernel.layout for _, _, kernel in modes)
+    if any(kernel.forward_class is None for _, _, kernel in modes):
+        raise KernelError(f"{entry.label} names modules, and its kernel is a function. Give a kernel class.")
+    if len(layouts) > 1:
+        names = ", ".join(layout.__name__ if layout else "no layout" for layout in layouts)
+        raise PlanError(
+            f"{entry.label}: the kernels for different modes have different layouts ({names}), and a parameter can be "
+            f"packed in one way only. Give them the same layout class."
+        )
+    return next(iter(layouts))
+
+
+def _host_index(layout: type[nn.Module], paths: Sequence[str]) -> int:
+    host = getattr(layout, "host", None)
+    if host is None or not isinstance(host, str) or len(paths) == 1:
+        return 0
+    last = [path.rpartition(".")[2] for path in paths]
+    if host not in last:
+        raise PlanError(f"{layout.__name__}.host is {host!r}, and the fusion's modules are {', '.join(last)}.")
+    return last.index(host)
+
+
+def _check_attributes(modes: Modes, layout: nn.Module, original: nn.Module, path: str) -> None:
+    """Refuse a kernel whose forward reads something that neither its layout nor the original has."""
+    for kernel in dict.fromkeys(kernel for _, _, kernel in modes):
+        assert kernel.forward_class is not None
+        missing = [
+            name
+            for name in read_attributes(kernel.forward_class)
+            if not hasattr(layout, name) and not hasattr(original, name) and not hasattr(kernel.forward_class, name)
+        ]
+        if missing:
+            have = sorted({*_public(layout), *_public(original)})
+            near = [match for name in missing for match in difflib.get_close_matches(name, have, n=2)]
+            raise PlanError(
+                f"{kernel.name}.forward reads {', '.join(f'self.{name}' for name in missing)}, which "
+                f"{type(original).__name__} at {path!r} does not have"
+                f"{f' (nearest: {near})' if near else ''}. It has: {', '.join(have)}."
+            )
+
+
+def _public(module: nn.Module) -> list[str]:
+    names = {*module._parameters, *module._buffers, *module._modules, *vars(module)}
+    return [name for name in names if not name.startswith("_") and name != "training"]
+
+
+def _assign_targets(
+    converted: Converted, made: Made, lazies: Mapping[str, torch.Tensor], paths: Sequence[str], host: int
+) -> dict[str, torch.Tensor]:
+    """A value for every parameter and persistent buffer of the layout: by rule, by being a member's own, by name."""
+    layout = made.layout
+    names = argument_names(type(layout), len(paths))
+    by_name: dict[str, str] = {}
+    for key in converted.untouched:
+        for spelling in _spellings(key, names):
+            by_name.setdefault(spelling, key)
+    wanted = dict(layout.named_parameters())
+    persistent = set(layout.state_dict(keep_vars=True))
+    wanted |= {name: buffer for name, buffer in layout.named_buffers() if name in persistent}
+    outputs: dict[str, torch.Tensor] = {}
+    for name, target in wanted.items():
+        if name in converted.packed:
+            outputs[name] = converted.packed[name]
+        elif name in made.kept and made.kept[name] in converted.untouched:
+            outputs[name] = lazies[made.kept[name]]
+        elif name in by_name and lazies[by_name[name]].shape == target.shape:
+            outputs[name] = lazies[by_name[name]]
+        else:
+            left = ", ".join(f"{_spelt(key, names)} {list(lazies[key].shape)}" for key in converted.untouched)
+            raise PlanError(
+                f"Nothing fills {type(layout).__name__}.{name} {list(target.shape)} at {paths[host]!r}: no rule makes "
+                f"it and no parameter of that name and shape is left. Left are: {left or 'none'}. Add a rule to its "
+                f"packing or conversion_mapping."
+            )
+        if outputs[name].shape != target.shape:
+            raise PlanError(
+                f"{type(layout).__name__}.{name} at {paths[host]!r} has shape {list(target.shape)}, and its rule makes "
+                f"{list(outputs[name].shape)}. Correct the rule, or the shape in the layout's __init__."
+            )
+    extra = [name for name in converted.packed if name not in wanted]
+    if extra:
+        raise PlanError(
+            f"The rules of {type(layout).__name__} make {', '.join(extra)} at {paths[host]!r}, which it does not have. "
+            f"It has: {', '.join(wanted)}."
+        )
+    return outputs
+
+
+def _used(
+    outputs: Mapping[str, torch.Tensor], lazies: Mapping[str, torch.Tensor], origins: Mapping[str, Sequence[str]]
+) -> list[str]:
+    used = {source.name for output in outputs.values() if isinstance(output, LazyTensor) for source in output.sources}
+    used |= {name for target in outputs for name in origins.get(target, ())}
+    return [name for name in lazies if name in used]
+
+
+def _names_places(layout: type[nn.Module]) -> bool:
+    """Whether a rule names a certain layer (`model.layers.0.`), so that sites of one kind may convert differently."""
+    rules = getattr(layout, "conversion_mapping", None) or ()
+    patterns = [pattern for rule in rules for pattern in getattr(rule, "source_patterns", ())]
+    return any(re.search(r"\.\d", pattern) for pattern in patterns)
+
+
+def _originals(members: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers of the members, by `<member's index>.<name>`."""
+    return {
+        f"{index}.{name}": tensor
+        for index, member in enumerate(members)
+        for name, tensor in member.state_dict(keep_vars=True).items()
+        if isinstance(tensor, torch.Tensor)
+    }
+
+
+def _spellings(key: str, names: Sequence[str]) -> set[str]:
+    """How an original may be called inside its layout: `norm.weight` or `weight`."""
+    index, _, local = key.partition(".")
+    name = names[int(index)]
+    return {local, f"{name}.{local}"} if name else {local}
+
+
+def _spelt(key: str, names: Sequence[str]) -> str:
+    index, _, local = key.partition(".")
+    return f"{names[int(index)]}.{local}" if names[int(index)] else local
+
+
+def _full(key: str, paths: Sequence[str]) -> str:
+    index, _, local = key.partition(".")
+    return f"{paths[int(index)]}.{local}"
+
+
+def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*module.named_parameters(), *module.named_buffers()]
+
+
+def _shapes(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    return tuple((name, tuple(tensor.shape)) for name, tensor in _named_tensors(module))
+
+
+def _uses(modes: Modes) -> tuple[KernelUse, ...]:
+    return tuple(
+        KernelUse(kernel.name, kernel.reference, kernel.digest or "", training, compiling)
+        for training, compiling, kernel in modes
+    )
+
+
+def _grouped(rejected: Sequence[Rejected]) -> tuple[Rejected, ...]:
+    """One line for all places of an entry that were left for one reason."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for each in rejected:
+        places.setdefault((each.target, each.reason), []).append(each.place)
+    return tuple(
+        Rejected(target, collapse_paths(where) if all(where) else "", reason)
+        for (target, reason), where in places.items()
+    )
+
+
+def _agreed(reasons: Sequence[str]) -> str:
+    return "; ".join(dict.fromkeys(reason or "proved by a forward on the meta device" for reason in reasons))
+
+
+def _device_of(subject: Subject) -> torch.device:
+    for name, parameter in subject.model.named_parameters():
+        return subject.device(name, parameter)
+    return torch.device("cpu")
+
+
+def _users(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each module and each parameter, by identity."""
+    users: dict[int, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        users.setdefault(id(module), []).append(path)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        users.setdefault(id(parameter), []).append(name)
+    return users
+
+
+def _inside(path: str, outer: str) -> bool:
+    return path.startswith(outer + ".")
+
+
+def _within(path: str, taken: set[str]) -> bool:
+    return any(_inside(path, outer) for outer in taken)

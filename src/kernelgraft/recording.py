@@ -1,0 +1,468 @@
+"""Constructor arguments of modules: which ones a module was built with, and how a layout takes them.
+
+A layout for one module gets the arguments that the original's `__init__` got, and a module does not keep them. They are
+read off the frames named `__init__` while the module is built, through `sys.setprofile`: that sees one thread only, and
+no class is patched.
+
+What was recorded is kept beside the modules in a map with weak keys, because storing it in them would write it into
+their pickles and copies. So this one map is not a registry: it says nothing that outlives the module it is about, and
+nothing about a module that was built outside a `recorded()` block.
+"""
+
+import inspect
+import sys
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelgraft.errors import GraftError, PlanError
+
+_EMPTY = inspect.Parameter.empty
+_NUM_DIFFERENCES_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What the `__init__` of a module got.
+
+    Given and default cannot be told apart: a parameter that can be given by position is in `args`, with its default if
+    the caller left it out; the other ones are in `kwargs`. The values are the objects themselves, not copies.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class Recording:
+    """The arguments of every module that was built inside one `recorded()` block."""
+
+    def __init__(self) -> None:
+        self._records = _WeakRecords()
+
+    def of(self, module: nn.Module) -> Arguments | None:
+        """The arguments of `module`; `None` if it was not built in the block, or an argument is a module now gone."""
+        return self._records.get(module)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+
+@contextmanager
+def recorded() -> Iterator[Recording]:
+    """Records the constructor arguments of every module that this thread builds inside the block.
+
+    A model built in it can be grafted with layouts that take the original's arguments:
+
+        with kernelgraft.recorded():
+            model = MyModel(hidden_size=64)
+
+    Blocks nest, and a profile function that runs already goes on running. One written in C cannot be called through;
+    beside it (`cProfile` before Python 3.12, `torch.profiler` with `with_stack`) the block listens through
+    `sys.settrace` instead.
+
+    Raises:
+        GraftError: A C profiler and a tracer (a debugger, `coverage`) are running, so there is nothing left to listen
+            through; or the profile function was replaced inside the block, so that the record has holes.
+    """
+    recording = Recording()
+    with _listening(recording._records, _of_live_modules):
+        yield recording
+
+
+def arguments_of(module: nn.Module) -> Arguments | None:
+    """The arguments of a module that was built inside any `recorded()` block, or `None`."""
+    return _of_live_modules.get(module)
+
+
+def rebuild(skeleton_factory: Callable[[], nn.Module], live: nn.Module) -> dict[str, Arguments]:
+    """The arguments of every module of `live`, from building the same model once more on the meta device.
+
+    Args:
+        skeleton_factory: Builds the model again; it should build from a copy of the config that `live` has.
+        live: The model to compare with: module paths, classes, and the names and shapes of parameters and buffers.
+
+    Returns:
+        Arguments by module path. A module that does not come from a recorded `__init__` (a copy) is left out.
+
+    Raises:
+        PlanError: The factory fails, or what it builds is not the same model.
+    """
+    records = _WeakRecords()
+    random_state = torch.get_rng_state()
+    try:
+        with torch.device("meta"), _listening(records):
+            skeleton = skeleton_factory()
+    except GraftError:
+        raise
+    except Exception as error:
+        raise PlanError(
+            f"{type(live).__name__} cannot be built again on the meta device to learn its constructor arguments: "
+            f"{type(error).__name__}: {error}. Build it under kernelgraft.recorded() instead."
+        ) from error
+    finally:
+        torch.set_rng_state(random_state)
+    differences = _differences(skeleton, live)
+    if differences:
+        shown = "; ".join(differences[:_NUM_DIFFERENCES_SHOWN])
+        more = len(differences) - _NUM_DIFFERENCES_SHOWN
+        raise PlanError(
+            f"{type(live).__name__} was changed after it was built, so its constructor arguments cannot be learnt by "
+            f"building it again: {shown}{f'; and {more} more' if more > 0 else ''}. "
+            "Graft it before other changes, or build it under kernelgraft.recorded()."
+        )
+    found = ((path, records.get(module)) for path, module in skeleton.named_modules(remove_duplicate=False))
+    return {path: arguments for path, arguments in found if arguments is not None}
+
+
+def bind_arguments(
+    layout_class: type[nn.Module], arguments: Arguments, original_class: type[nn.Module]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The original's arguments as the layout's `__init__` takes them: by name, and by position where names differ.
+
+    What the layout does not take is left out if it equals the original's default or is `None`. A layout parameter with
+    a default gets a value by name only: by position nobody can tell the original's `eps` under another name from a
+    parameter of the layout's own.
+
+    Returns:
+        `args` and `kwargs` for `layout_class(*args, **kwargs)`.
+
+    Raises:
+        PlanError: The layout needs an argument that the original does not have, or does not take one that matters.
+    """
+
+    def refused(problem: str, advice: str) -> PlanError:
+        return PlanError(
+            f"{layout_class.__name__} {problem}. "
+            f"The layout: {_shown(layout_class)}; the original: {_shown(original_class)}, built with "
+            f"({', '.join(f'{each.name}={each.value!r}' if each.name else repr(each.value) for each in given)}). "
+            f"{advice}, or define from_module(module) on the layout."
+        )
+
+    given = _given(original_class, arguments)
+    positional = [each for each in given if each.positional]
+    by_name = {each.name: each for each in given if each.name is not None}
+    parameters = _parameters(layout_class)
+    kinds = {parameter.kind for parameter in parameters}
+    takes_more_args, takes_more_kwargs = inspect.Parameter.VAR_POSITIONAL in kinds, _VAR_KEYWORD in kinds
+    parameters = [each for each in parameters if each.kind not in (inspect.Parameter.VAR_POSITIONAL, _VAR_KEYWORD)]
+    layout_names = {parameter.name for parameter in parameters}
+
+    taken: dict[str, _Given] = {}
+    for index, parameter in enumerate(parameters):
+        if parameter.name in by_name:
+            taken[parameter.name] = by_name[parameter.name]
+            continue
+        opposite = None
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY and index < len(positional):
+            opposite = positional[index] if positional[index].name not in layout_names else None
+        if opposite is not None and (parameter.default is _EMPTY or opposite.name is None):
+            taken[parameter.name] = opposite
+        elif opposite is not None and opposite.value is not None and not takes_more_kwargs:
+            raise refused(
+                f"has no {opposite.name!r}, and whether its {parameter.name!r} is the same cannot be told",
+                f"Call it {opposite.name!r}, or make {parameter.name!r} keyword-only to say that it is another one",
+            )
+        elif parameter.default is _EMPTY:
+            raise refused(
+                f"needs {parameter.name!r}, which {original_class.__name__} does not have", "Give it a default"
+            )
+
+    more_args: list[Any] = []
+    more_kwargs: dict[str, Any] = {}
+    used = {id(each) for each in taken.values()}
+    for each in given:
+        if id(each) in used:
+            continue
+        if each.positional and takes_more_args:
+            more_args.append(each.value)
+        elif each.name is not None and takes_more_kwargs:
+            more_kwargs[each.name] = each.value
+        elif each.value is not None and not _same(each.value, each.default):
+            what = repr(each.name) if each.name is not None else "an argument"
+            raise refused(f"does not take {what} = {each.value!r}", "Take it")
+    return _call_form(parameters, taken, more_args, more_kwargs)
+
+
+# Recording
+
+
+class _WeakRecords:
+    """Arguments by module identity, which holds neither the modules nor modules among their arguments alive.
+
+    Identity, because a module may define `__eq__` without `__hash__` (a dataclass does). Modules among the arguments
+    are held weakly, because a child that was given its parent would keep itself alive through its own record.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[int, tuple[weakref.ref[nn.Module], tuple[Any, ...], dict[str, Any]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, module: nn.Module) -> bool:
+        entry = self._entries.get(id(module))
+        return entry is not None and entry[0]() is module
+
+    def get(self, module: nn.Module) -> Arguments | None:
+        entry = self._entries.get(id(module))
+        if entry is None or entry[0]() is not module:
+            return None
+        try:
+            return Arguments(_recalled(entry[1]), _recalled(entry[2]))
+        except ReferenceError:
+            return None
+
+    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if module in self:  # the outermost __init__ comes first
+            return
+        entries, key = self._entries, id(module)
+
+        def forget(gone: weakref.ref[nn.Module]) -> None:
+            entry = entries.get(key)
+            if entry is not None and entry[0] is gone:
+                del entries[key]
+
+        entries[key] = (weakref.ref(module, forget), _kept(args), _kept(kwargs))
+
+
+_of_live_modules = _WeakRecords()
+
+
+class _WeakModule:
+    def __init__(self, module: nn.Module) -> None:
+        self.ref = weakref.ref(module)
+
+
+class _Container:
+    def __init__(self, of: type, content: Any) -> None:
+        self.of: Callable[[Any], Any] = of
+        self.content = content
+
+
+def _kept(value: Any) -> Any:
+    """`value` with weak references for the modules in it; itself, the same object, where there are none."""
+    if isinstance(value, nn.Module):
+        return _WeakModule(value)
+    if type(value) in (list, tuple):
+        items = [_kept(item) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return _Container(type(value), items)
+    if type(value) in (dict, OrderedDict):
+        pairs = [(key, _kept(item)) for key, item in value.items()]
+        if all(new[1] is old for new, old in zip(pairs, value.values(), strict=True)):
+            return value
+        return _Container(type(value), pairs)
+    return value
+
+
+def _recalled(value: Any) -> Any:
+    if isinstance(value, _WeakModule):
+        module = value.ref()
+        if module is None:
+            raise ReferenceError
+        return module
+    if isinstance(value, _Container):
+        if value.of in (list, tuple):
+            return value.of(_recalled(item) for item in value.content)
+        return value.of((key, _recalled(item)) for key, item in value.content)
+    return value
+
+
+@contextmanager
+def _listening(*into: _WeakRecords) -> Iterator[None]:
+    """Notes every module that this thread builds into each of `into`."""
+    before: Any = sys.getprofile()
+    read: Callable[[], Any] = sys.getprofile
+    write: Callable[[Any], None] = sys.setprofile
+    # A C profiler shows as an object that cannot be called, and that nothing in Python could put back. From 3.12 on,
+    # cProfile does not show here: it has a place of its own in sys.monitoring.
+    if before is not None and not callable(before):
+        if sys.gettrace() is not None:
+            raise GraftError(
+                f"constructor arguments cannot be recorded: a profiler ({before!r}) and a tracer ({sys.gettrace()!r}) "
+                "are both running in this thread. Stop one of them while the model is built, or build it in another "
+                "thread."
+            )
+        before, read, write = None, sys.gettrace, sys.settrace
+    ours = _listener(into, before)
+    write(ours)
+    try:
+        yield
+    except BaseException:
+        if read() is ours:
+            write(before)
+        raise
+    if read() is not ours:
+        raise GraftError(
+            f"the profile or trace function of this thread was replaced by {read()!r} while constructor arguments were "
+            "being recorded, so the record has holes. Start the profiler before the block, and stop it after it."
+        )
+    write(before)
+
+
+def _listener(into: tuple[_WeakRecords, ...], before: Callable[..., Any] | None) -> Callable[..., None]:
+    # Runs at every call, return and C call of the thread, so the first lines decide; it must never raise, because then
+    # the interpreter drops it. As a trace function it returns None: no line events.
+    def listen(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code.co_name == "__init__":
+            _note(frame, into)
+
+    def listen_and_relay(frame: FrameType, event: str, argument: Any) -> None:
+        before(frame, event, argument)  # type: ignore[misc]
+        if event == "call" and frame.f_code.co_name == "__init__":
+            _note(frame, into)
+
+    return listen if before is None else listen_and_relay
+
+
+def _note(frame: FrameType, into: tuple[_WeakRecords, ...]) -> None:
+    call = _call_of(frame)
+    if call is None or not issubclass(type(call[0]), nn.Module):
+        return
+    module = call[0]
+    if all(module in records for records in into):
+        return
+    # A wrapped __init__ starts in a frame of another name, and a block inside an __init__ starts in the middle of one.
+    code = getattr(type(module).__init__, "__code__", frame.f_code)
+    outer: FrameType | None = frame
+    while outer is not None:
+        if outer.f_code is code:
+            whole = _call_of(outer)
+            if whole is not None and whole[0] is module:
+                call = whole
+                break
+        outer = outer.f_back
+    for records in into:
+        records.add(*call)
+
+
+def _call_of(frame: FrameType) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """The first argument of a frame's call, its other positional ones, and the keywords."""
+    code: CodeType = frame.f_code
+    names, variables = code.co_varnames, frame.f_locals
+    num_args, num_named = code.co_argcount, code.co_argcount + code.co_kwonlyargcount
+    try:
+        args = tuple(variables[name] for name in names[:num_args])
+        kwargs = {name: variables[name] for name in names[num_args:num_named]}
+        if code.co_flags & inspect.CO_VARARGS:
+            args += tuple(variables[names[num_named]])
+            num_named += 1
+        if code.co_flags & inspect.CO_VARKEYWORDS:
+            kwargs.update(variables[names[num_named]])
+    except (KeyError, TypeError, ValueError):  # the frame is no longer at its start, and has reused the names
+        return None
+    return (args[0], args[1:], kwargs) if args else None
+
+
+def _differences(skeleton: nn.Module, live: nn.Module) -> list[str]:
+    rebuilt = dict(skeleton.named_modules(remove_duplicate=False))
+    found = dict(live.named_modules(remove_duplicate=False))
+    differences = []
+    for path in [*found, *(path for path in rebuilt if path not in found)]:
+        there, here = rebuilt.get(path), found.get(path)
+        if there is None or here is None:
+            differences.append(f"{path!r} is only in the {'live' if there is None else 'rebuilt'} model")
+        elif type(there) is not type(here):
+            differences.append(f"{path!r} is a {type(here).__name__}, and was rebuilt as {type(there).__name__}")
+        else:
+            shapes = _shapes(there), _shapes(here)
+            for name in sorted(set(shapes[0]) | set(shapes[1])):
+                old, new = shapes[0].get(name), shapes[1].get(name)
+                if old != new:
+                    place = f"{path}.{name}" if path else name
+                    differences.append(f"{place!r} has shape {new}, and was rebuilt as {old}")
+    return differences
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...] | None]:
+    tensors: list[Mapping[str, torch.Tensor | None]] = [module._parameters, module._buffers]
+    return {
+        name: None if tensor is None else tuple(tensor.shape) for group in tensors for name, tensor in group.items()
+    }
+
+
+# Binding
+
+
+_VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    name: str | None  # None: it came in through *args
+    value: Any
+    default: Any
+    positional: bool
+
+
+def _parameters(module_class: type[nn.Module]) -> list[inspect.Parameter]:
+    """Parameters of the class's `__init__` without `self`."""
+    if module_class.__init__ is nn.Module.__init__:  # its *args and **kwargs are for a message: it takes nothing
+        return []
+    parameters = list(inspect.signature(module_class.__init__).parameters.values())
+    if parameters and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL:
+        del parameters[0]
+    return parameters
+
+
+def _shown(module_class: type[nn.Module]) -> str:
+    return f"{module_class.__name__}{inspect.Signature(_parameters(module_class))}"
+
+
+def _given(original_class: type[nn.Module], arguments: Arguments) -> list[_Given]:
+    parameters = _parameters(original_class)
+    try:
+        bound = inspect.Signature(parameters).bind(*arguments.args, **arguments.kwargs)
+    except TypeError:  # a decorated __init__ whose inner signature is not that of the call
+        positional = [_Given(None, value, _EMPTY, True) for value in arguments.args]
+        return positional + [_Given(name, value, _EMPTY, False) for name, value in arguments.kwargs.items()]
+    bound.apply_defaults()
+    given = []
+    for parameter in parameters:
+        value = bound.arguments[parameter.name]
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            given += [_Given(None, each, _EMPTY, True) for each in value]
+        elif parameter.kind is _VAR_KEYWORD:
+            given += [_Given(name, each, _EMPTY, False) for name, each in value.items()]
+        else:
+            positional_too = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+            given.append(_Given(parameter.name, value, parameter.default, positional_too))
+    return given
+
+
+def _same(value: Any, default: Any) -> bool:
+    if value is default:
+        return True
+    if type(value) is not type(default) or isinstance(value, torch.Tensor):
+        return False
+    try:
+        return bool(value == default)
+    except Exception:  # an __eq__ that gives no truth value, as numpy's
+        return False
+
+
+def _call_form(
+    parameters: list[inspect.Parameter], taken: dict[str, _Given], more_args: list[Any], more_kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    positional = [each for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY]
+    # What comes after a gap goes by keyword, unless it cannot: then the gap is filled with the layout's own default.
+    must = len(positional) if more_args else 0
+    for index, parameter in enumerate(positional):
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY and parameter.name in taken:
+            must = max(must, index + 1)
+    args: list[Any] = []
+    for index, parameter in enumerate(positional):
+        if parameter.name not in taken and index >= must:
+            break
+        args.append(taken[parameter.name].value if parameter.name in taken else parameter.default)
+    in_args = {each.name for each in positional[: len(args)]}
+    kwargs = {name: each.value for name, each in taken.items() if name not in in_args}
+    return (*args, *more_args), {**kwargs, **more_kwargs}

@@ -1,0 +1,191 @@
+"""What a graft must not touch, each with the message that says what to do instead."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from kernelgraft.errors import PlanError
+from kernelgraft.slot import KEY
+
+_FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_QUANTIZERS = ("bitsandbytes.", "torchao.", "hqq.", "gptqmodel.", "awq.", "auto_gptq.", "quanto.", "compressed_tensors.")
+_PLAIN_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
+
+
+def check_members(paths: Sequence[str], members: Sequence[nn.Module], *, live: bool) -> None:
+    """Refuse members that a kernel cannot take over as they are.
+
+    Args:
+        paths: The members' paths.
+        members: The modules themselves.
+        live: Whether they hold values; on a skeleton all parameters are on the meta device.
+
+    Raises:
+        PlanError: The first thing that stands in the way, with its path.
+    """
+    for path, member in zip(paths, members, strict=True):
+        for inner_path, module in member.named_modules(prefix=path):
+            _check_module(inner_path, module, top=module is member, fused=len(members) > 1)
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                _check_tensor(f"{inner_path}.{name}", tensor, live=live)
+
+
+def _check_module(path: str, module: nn.Module, *, top: bool, fused: bool) -> None:
+    cls = type(module)
+    if KEY in vars(module):
+        raise PlanError(f"{path!r} is grafted already. Remove that graft first: graft_of(model).remove().")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise PlanError(f"{path!r} is a compiled TorchScript module, whose forward is fixed. Graft before scripting.")
+    if fused and top and any(vars(module).get(hooks) for hooks in _FORWARD_HOOKS):
+        raise PlanError(
+            f"{path!r} has forward or backward hooks, which would not see what they expect inside a fusion. Remove "
+            f"the hooks before grafting and add them to the grafted model."
+        )
+    if "forward" in vars(module) and "_hf_hook" not in vars(module):
+        raise PlanError(
+            f"{path!r} has a forward of its own on the instance ({vars(module)['forward']!r}), which a kernel would "
+            f"replace. Undo what put it there (kernelize, a tensor-parallel plan, a patch) before grafting."
+        )
+    if parametrize.is_parametrized(module):
+        names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
+        raise PlanError(
+            f"{path!r} is parametrized ({names}): its weights are computed. Call "
+            f"torch.nn.utils.parametrize.remove_parametrizations on it first, or leave it out of the config."
+        )
+    if cls.__module__.startswith("peft."):
+        raise PlanError(
+            f"{path!r} is adapted ({cls.__name__} of peft). Merge the adapter first (merge_and_unload), or graft "
+            f"first and adapt what no kernel takes over."
+        )
+    if cls.__module__.startswith(_QUANTIZERS):
+        raise PlanError(
+            f"{path!r} is quantized ({cls.__module__}.{cls.__name__}), and a kernel's layout packs plain weights. "
+            f"Load the model unquantized, or leave this module out of the config."
+        )
+
+
+def _check_tensor(path: str, tensor: torch.Tensor, *, live: bool) -> None:
+    if hasattr(tensor, "device_mesh"):
+        raise PlanError(
+            f"{path} is a DTensor: the model is sharded already. Graft before the model is distributed; grafts of "
+            f"sharded modules are not supported yet."
+        )
+    if live and type(tensor) not in _PLAIN_TENSORS:
+        raise PlanError(
+            f"{path} is a {type(tensor).__name__}, not a plain tensor (quantized?). A kernel's layout packs plain "
+            f"weights: load the model unquantized, or leave this module out of the config."
+        )
+    if isinstance(tensor, nn.Parameter) and not (tensor.is_floating_point() or tensor.is_complex()):
+        raise PlanError(
+            f"{path} has dtype {tensor.dtype}: a quantized weight. A kernel's layout packs plain weights: load the "
+            f"model unquantized, or leave this module out of the config."
+        )
+    if live and tensor.is_meta:
+        raise PlanError(
+            f"{path} has no values: it is on the meta device (offloaded, or not loaded yet). Graft before offloading, "
+            f"or load with kernelgraft.from_pretrained."
+        )
+
+
+def check_sources_agree(site: str, packed: str, sources: Mapping[str, torch.Tensor], devices: Mapping[str, Any]) -> None:
+    """Refuse a packed parameter whose sources differ in dtype, device or `requires_grad`.
+
+    Args:
+        site: The site's host path, for the message.
+        packed: The packed parameter's name.
+        sources: Its sources by their names in the model.
+        devices: Where each source is, or will be loaded to.
+
+    Raises:
+        PlanError: They disagree.
+    """
+    for what, values in (
+        ("dtype", {name: str(tensor.dtype) for name, tensor in sources.items()}),
+        ("requires_grad", {name: str(tensor.requires_grad) for name, tensor in sources.items()}),
+        ("device", {name: str(devices[name]) for name in sources}),
+    ):
+        if len(set(values.values())) > 1:
+            listed = ", ".join(f"{name}: {value}" for name, value in values.items())
+            raise PlanError(
+                f"{site}.{packed} would be packed from parameters that differ in {what} ({listed}). Make them agree, "
+                f"or leave this site out of the config."
+            )
+
+
+def check_one_device(site: str, devices: Mapping[str, Any]) -> None:
+    """Refuse a site whose parameters a device map puts on several devices.
+
+    Raises:
+        PlanError: They are on more than one device.
+    """
+    if len({str(device) for device in devices.values()}) > 1:
+        listed = ", ".join(f"{name}: {device}" for name, device in devices.items())
+        raise PlanError(
+            f"The device map cuts the site at {site!r} ({listed}). Put its modules on one device, or leave it out of "
+            f"the config."
+        )
+
+
+def check_shared(site: str, taken: Mapping[str, torch.Tensor], moved: Iterable[str], users: Mapping[int, Sequence[str]],
+                 tied: Mapping[str, str]) -> None:
+    """Refuse to merge or transpose a parameter that something outside the site uses too.
+
+    Args:
+        site: The site's host path.
+        taken: Every original parameter of the site, by its name in the model.
+        moved: Names of those that are not packed whole: merged, transposed or cut.
+        users: For each parameter's id, all its names in the model.
+        tied: Names that will be tied once the checkpoint is loaded: target to source.
+
+    Raises:
+        PlanError: One of `moved` is shared.
+    """
+    groups: dict[str, set[str]] = {}
+    for target, source in tied.items():
+        groups.setdefault(source, {source}).add(target)
+        groups[target] = groups[source]
+    for name in moved:
+        shared = {*users.get(id(taken[name]), ()), *groups.get(name, ())} - set(taken)
+        if shared:
+            raise PlanError(
+                f"{name} is shared with {', '.join(sorted(shared))} (tied weights), and the kernel at {site!r} would "
+                f"repack it, which would cut the tie. Leave this module out of the config, or untie the weights."
+            )
+
+
+def check_recorded_outputs(model: nn.Module, absorbed: Mapping[str, nn.Module], site: str) -> None:
+    """Refuse to absorb a module whose output the model's config asks to record.
+
+    Models of Transformers name, in `_can_record_outputs`, the class from which each optional output is taken; the
+    config's `output_<name>` switches it on.
+
+    Raises:
+        PlanError: An absorbed module is of such a class.
+    """
+    for inner in model.modules():
+        config, recorders = getattr(inner, "config", None), getattr(inner, "_can_record_outputs", None)
+        if config is None or not recorders:
+            continue
+        for key, specs in recorders.items():
+            if not _asks_for(config, key):
+                continue
+            for spec in specs if isinstance(specs, list) else [specs]:
+                target = getattr(spec, "target_class", spec)
+                for path, module in absorbed.items():
+                    if isinstance(target, type) and isinstance(module, target):
+                        raise PlanError(
+                            f"The config asks for {key!r}, which {path!r} ({type(module).__name__}) gives, and the "
+                            f"kernel at {site!r} takes that module over, so nothing would give it. Switch "
+                            f"{_switch(key)} off in the config, or leave this site out."
+                        )
+
+
+def _switch(key: str) -> str:
+    return f"output_{key}"
+
+
+def _asks_for(config: Any, key: str) -> bool:
+    return bool(getattr(config, _switch(key), False))
