@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_model
 from torch import nn
 
 from kernelgraft import compat
@@ -61,13 +60,18 @@ def graft(model: nn.Module, config: Any, *, example_inputs: Any = None) -> Graft
     return apply_blueprint(model, _blueprint(model, config, example_inputs, live=True))
 
 
-def _blueprint(model: nn.Module, config: Any, example_inputs: Any, *, live: bool) -> Blueprint:
+def _blueprint(
+    model: nn.Module, config: Any, example_inputs: Any, *, live: bool, device: torch.device | str | None = None
+) -> Blueprint:
     if graft_of(model) is not None or any(KEY in vars(module) for module in model.modules()):
         raise PlanError(
             "The model is grafted already, and a second graft would not see its originals. Remove the first one "
             "(graft_of(model).remove()) and graft with one config that names all kernels."
         )
-    return make_blueprint(subject_of(model, example_inputs, live=live), KernelConfig.of(config))
+    subject = subject_of(model, example_inputs, live=live)
+    if device is not None:
+        subject.device_of = lambda _: torch.device(device)
+    return make_blueprint(subject, KernelConfig.of(config))
 
 
 def subject_of(
@@ -154,7 +158,9 @@ def load(
             return load(model, tensors, config, device=device, example_inputs=example_inputs)
     check_names(model, checkpoint)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
-    blueprint = None if config is None else _blueprint(model, config, example_inputs, live=not on_meta)
+    blueprint = None
+    if config is not None:
+        blueprint = _blueprint(model, config, example_inputs, live=not on_meta, device=device if on_meta else None)
     fill_from(model, checkpoint, torch.device(device))
     if blueprint is not None:
         apply_blueprint(model, blueprint)
@@ -178,5 +184,7 @@ def save_pretrained(model: nn.Module, folder: str | Path, **kwargs: Any) -> None
     if own is not None:
         own(folder, **kwargs)
         return
+    from safetensors.torch import save_model  # `import kernelgraft` needs torch alone
+
     Path(folder).mkdir(parents=True, exist_ok=True)
     save_model(model, str(Path(folder) / SINGLE))

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class _Load:
         """Plan the graft of this load's model."""
         subject = subject_of(model, live=live, recording=self.recording)
         if device_map:
-            subject.device_of = lambda name: _device_in(device_map, name)
+            subject.device_of = partial(_device_in, device_map)
         return make_blueprint(subject, self.config, self.inherited, self.rejected)
 
 
@@ -76,11 +77,11 @@ def from_pretrained(
     load = _Load(config)
     if config.inherits:
         load.inherited, load.rejected = compat.default_table()
-    loading = _auto_class(cls, load) if hasattr(cls, "_model_mapping") else _loading_class(cls, load)
+    loading: Any = _auto_class(cls, load) if hasattr(cls, "_model_mapping") else _loading_class(cls, load)
     if _has_adapter(pretrained_model_name_or_path):
         loading = cls  # an adapter goes onto the original modules; what it leaves free is grafted afterwards
     with load.stack:
-        found = loading.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[attr-defined]
+        found = loading.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         _finish(load, found[0] if isinstance(found, tuple) else found)
     return found
 
@@ -110,7 +111,9 @@ def _device_in(device_map: Mapping[str, Any], name: str) -> torch.device:
 
 def _auto_class(cls: Any, load: _Load) -> type:
     """A subclass of an auto class whose model classes load our way."""
-    return type(cls.__name__, (cls,), {"__module__": cls.__module__, "_model_mapping": _Mapping(cls._model_mapping, load)})
+    return type(
+        cls.__name__, (cls,), {"__module__": cls.__module__, "_model_mapping": _Mapping(cls._model_mapping, load)}
+    )
 
 
 class _Mapping:
@@ -139,7 +142,7 @@ class _Mapping:
 def _loading_class(cls: Any, load: _Load) -> Any:
     """A subclass of a model class that plans, and fills, a graft while Transformers loads it."""
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807 - it is one
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         load.original = cls
         with recorded() as load.recording:
             cls.__init__(self, *args, **kwargs)

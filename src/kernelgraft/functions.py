@@ -99,9 +99,7 @@ def with_globals(forward: Callable[..., Any], replacements: Mapping[str, Any]) -
     assert isinstance(original, types.FunctionType)
     own = {name: value for name, value in original.__globals__.items() if name != "__name__"}
     own.update(replacements)
-    copy = types.FunctionType(
-        original.__code__, own, original.__name__, original.__defaults__, original.__closure__
-    )
+    copy = types.FunctionType(original.__code__, own, original.__name__, original.__defaults__, original.__closure__)
     copy.__kwdefaults__ = original.__kwdefaults__
     copy.__qualname__ = original.__qualname__
     return copy

@@ -112,8 +112,8 @@ class Graft:
             found = self.model.get_submodule(path)
             if found is not module:
                 raise GraftError(
-                    f"{path!r} no longer holds what the graft put there but a {type(found).__name__}. Undo that change, "
-                    f"then remove the graft."
+                    f"{path!r} no longer holds what the graft put there but a {type(found).__name__}. Undo that "
+                    f"change, then remove the graft."
                 )
             slot: Slot = vars(module)[KEY]
             lost = [f"{path}.{name} ({part.why})" for name, part in slot.parts.items() if part.kind == "lost"]
@@ -139,7 +139,7 @@ class Graft:
 
         Empty for what the graft does not train: parameters that a layout dropped.
         """
-        found = {}
+        found: dict[str, tuple[str, ...]] = {}
         slots = self._slots()
         for name, _ in self._original_parameters():
             path, local = _split(name, slots)
@@ -320,7 +320,7 @@ def root_class(original: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
-def _get_use_kernels(self: nn.Module) -> bool:
+def _get_use_kernels(_: nn.Module) -> bool:
     return True
 
 
@@ -328,7 +328,7 @@ def _set_use_kernels(self: nn.Module, value: bool) -> None:
     self.set_use_kernels(value)  # type: ignore[operator]
 
 
-def set_use_kernels(self: nn.Module, use_kernels: bool, kernel_config: Any = None, mode: Any = None) -> None:
+def set_use_kernels(self: nn.Module, use_kernels: bool, kernel_config: Any = None, mode: Any = None) -> None:  # noqa: ARG001 - the signature of Transformers
     """As Transformers' method: `False` removes the graft; `True` changes nothing on a model that is grafted already."""
     if not use_kernels:
         vars(self)[ROOT_KEY].remove()
@@ -349,7 +349,7 @@ def _apply_root(self: nn.Module, fn: Any, recurse: bool = True) -> Any:
     return type(self)._kernelgraft_original._apply(self, fn, recurse)  # type: ignore[attr-defined]
 
 
-def _reduce_root(self: nn.Module, protocol: Any) -> Any:
+def _reduce_root(self: nn.Module, _: Any) -> Any:
     return _RootMaker(type(self)._kernelgraft_original), (), self.__dict__  # type: ignore[attr-defined]
 
 
@@ -374,6 +374,8 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint) -> Graft:
             restore_site(model, modules)
         raise
     materialize(model)
+    for slot in graft._slots().values():
+        slot.lost = {}
     keys = dict.fromkeys(key for installed in graft._installed for key in installed.keys)
     graft._traces_before = {key: traces_of.get(key, 0) for key in keys}
     vars(model)[ROOT_KEY] = graft

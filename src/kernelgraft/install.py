@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from kernelgraft.binding import ClassKey, bound_class
-from kernelgraft.checkpoint.fill import resolve
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.conversion.program import Part, Program
 from kernelgraft.layouts import Made, put_value
@@ -43,16 +42,17 @@ def install_site(model: nn.Module, prepared: PreparedSite, fallback: str) -> tup
     for name, value in values.items():
         put_value(layout, name, value)
     for name, kept in prepared.made.kept.items():
-        index, _, local = kept.partition(".")
+        member_index, _, local = kept.partition(".")
         if name not in filled:
-            put_tensor(layout, name, tensor_at(members[int(index)], local))
+            put_tensor(layout, name, tensor_at(members[int(member_index)], local))
     layout.train(members[paths.index(site.host)].training)
     modules: dict[str, nn.Module] = {}
     slots = []
     for index, (path, member, key) in enumerate(zip(paths, members, keys, strict=True)):
         parts = _parts_of(program, index)
-        _empty(member, parts)
         slot = Slot(path, site, member, layout, parts)
+        slot.lost = {name: tensor_at(member, name).detach() for name, part in parts.items() if part.kind == "lost"}
+        _empty(member, parts)
         slots.append(slot)
         modules[path] = _stand_in(layout if slot.is_host else nn.Module(), slot, key)
     position = paths.index(site.host)
@@ -64,9 +64,7 @@ def install_site(model: nn.Module, prepared: PreparedSite, fallback: str) -> tup
     return site, modules
 
 
-def rebind_function(
-    model: nn.Module, prepared: PreparedFunction, fallback: str
-) -> tuple[Site, dict[str, nn.Module]]:
+def rebind_function(model: nn.Module, prepared: PreparedFunction, fallback: str) -> tuple[Site, dict[str, nn.Module]]:
     """Let the forward of one module call function kernels."""
     by_function = [{(t, c) for t, c, _ in modes} for _, modes in prepared.key.functions]
     # A mode in which only some of the functions have a kernel runs those, if the others may stay what they are.
@@ -156,7 +154,7 @@ def _fill(
 def _whole(original: torch.Tensor, members: list[nn.Module], name: str) -> torch.Tensor:
     """A parameter that is packed as it is; a lazy one gets its bytes, where all that share it see them."""
     if isinstance(original, LazyTensor):
-        original = resolve(original)
+        original = original.resolved()
         index, _, local = name.partition(".")
         put_tensor(members[int(index)], local, original)
     return original
@@ -250,16 +248,19 @@ def _refill(slot: Slot, original: nn.Module) -> None:
         if part.kind == "whole":
             put_tensor(original, name, slot.packed(part.packed[0]))
             continue
-        with torch.no_grad():
-            value = part.read(slot.packed).clone(memory_format=torch.contiguous_format)
+        if name in slot.lost:
+            value = slot.lost[name]
+        else:
+            value = part.read(slot.packed).detach().clone(memory_format=torch.contiguous_format)
         before: Any = tensor_at(original, name)
         if not isinstance(before, nn.Parameter):
             put_tensor(original, name, value)
             continue
         packed = [slot.packed(each) for each in part.packed]
         before.data = value
-        before.requires_grad_(any(tensor.requires_grad for tensor in packed))
-        if all(tensor.grad is not None for tensor in packed):
+        if packed:
+            before.requires_grad_(any(tensor.requires_grad for tensor in packed))
+        if packed and all(tensor.grad is not None for tensor in packed):
             grads = {each: tensor.grad for each, tensor in zip(part.packed, packed, strict=True)}
             before.grad = part.read(grads.__getitem__).clone(memory_format=torch.contiguous_format)  # type: ignore[arg-type]
 

@@ -65,7 +65,8 @@ class _Construction:
             made = make(*self.args, **self.kwargs)
         except Exception as error:
             given = ", ".join(
-                [_named(value) for value in self.args] + [f"{name}={_named(value)}" for name, value in self.kwargs.items()]
+                [_named(value) for value in self.args]
+                + [f"{name}={_named(value)}" for name, value in self.kwargs.items()]
             )
             raise PlanError(
                 f"{self.layout.__name__}({given}) raised {type(error).__name__}: {error}. A layout's __init__ takes "

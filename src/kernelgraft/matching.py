@@ -5,6 +5,7 @@ Nothing here knows what a kernel is; `plan.py` decides which claims become sites
 """
 
 import difflib
+import functools
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,8 @@ from kernelgraft.errors import PlanError
 Pair = tuple[str, str]
 
 _FAMILY_ENDINGS = ("Config", "PreTrainedModel", "PretrainedModel", "Model")
+# A segment that is a number, and can be had back from it: "01" is a name.
+_NUMBER = re.compile(r"(?<![^.])(?:0|[1-9][0-9]*)(?![^.])")
 
 
 @dataclass(frozen=True)
@@ -81,13 +84,16 @@ def _starts(family: str, prefix: str) -> bool:
     return bool(prefix) and family.startswith(prefix) and rest[:1].isupper()
 
 
-def path_regex(pattern: str) -> re.Pattern[str]:
-    """The regular expression for a path pattern: `*` is one segment, `**` any number, the rest is literal."""
-    parts = [{"*": r"[^.]+", "**": r"[^.]+(?:\.[^.]+)*"}.get(part, re.escape(part)) for part in pattern.split(".")]
-    text = r"\.".join(parts)
-    # "**" may also stand for no segment at all, which takes one of its dots with it.
-    text = text.replace(r"[^.]+(?:\.[^.]+)*\.", r"(?:[^.]+\.)*").replace(r"\.[^.]+(?:\.[^.]+)*", r"(?:\.[^.]+)*")
-    return re.compile(text)
+def path_matches(pattern: str, path: str) -> bool:
+    """Whether a path fits a pattern: `*` is one segment, `**` any number, none included; the rest is literal."""
+    return bool(_path_regex(pattern).fullmatch(f"{path}." if path else ""))
+
+
+@functools.lru_cache(maxsize=256)
+def _path_regex(pattern: str) -> re.Pattern[str]:
+    """The expression for a path that has a dot after each of its segments."""
+    parts = {"*": r"[^.]+\.", "**": r"(?:[^.]+\.)*"}
+    return re.compile("".join(parts.get(part, re.escape(part) + r"\.") for part in pattern.split(".")))
 
 
 def find_modules(modules: Mapping[str, nn.Module], name: str) -> list[Claim]:
@@ -109,8 +115,7 @@ def find_fusions(modules: Mapping[str, nn.Module], pairs: Sequence[Pair], prefix
     """
     parent_pattern = pairs[0][1].rpartition(".")[0]
     children = tuple(pattern.rpartition(".")[2] for _, pattern in pairs)
-    parents = _parents(modules, parent_pattern, prefix)
-    holders = [parent for parent in parents if any(_join(parent, child) in modules for child in children)]
+    holders = _holders(modules, parent_pattern, children, prefix)
     if not holders:
         raise PlanError(_nothing_matches(modules, pairs))
     claims = []
@@ -122,22 +127,22 @@ def find_fusions(modules: Mapping[str, nn.Module], pairs: Sequence[Pair], prefix
     return claims
 
 
-def _parents(modules: Mapping[str, nn.Module], pattern: str, prefix: str) -> list[str]:
+def _holders(modules: Mapping[str, nn.Module], pattern: str, children: Sequence[str], prefix: str) -> list[str]:
+    """The modules that the parents' pattern names and that have one of the children at least."""
     spellings = [pattern]
     if prefix:
         spellings.append(_join(prefix, pattern) if pattern else prefix)
         if pattern == prefix or pattern.startswith(prefix + "."):
             spellings.append(pattern[len(prefix) + 1 :])
     for spelling in spellings:
-        found = [""] if spelling == "" else [path for path in modules if path_regex(spelling).fullmatch(path)]
-        if found:
-            return found
+        parents = [path for path in modules if path_matches(spelling, path)] if spelling else [""]
+        holders = [parent for parent in parents if any(_join(parent, child) in modules for child in children)]
+        if holders:
+            return holders
     return []
 
 
-def _check_member(
-    modules: Mapping[str, nn.Module], path: str, name: str, pattern: str, pairs: Sequence[Pair]
-) -> None:
+def _check_member(modules: Mapping[str, nn.Module], path: str, name: str, pattern: str, pairs: Sequence[Pair]) -> None:
     module = modules.get(path)
     if module is None:
         parent = path.rpartition(".")[0]
@@ -179,7 +184,7 @@ def no_module_message(modules: Mapping[str, nn.Module], name: str, functions: Se
 
 def collapse_kinds(modules: Mapping[str, nn.Module]) -> dict[str, type]:
     """Path patterns with `*` in place of numbers, and a class that stands there."""
-    return {re.sub(r"(?<![^.])\d+(?![^.])", "*", path): type(module) for path, module in modules.items() if path}
+    return {_NUMBER.sub("*", path): type(module) for path, module in modules.items() if path}
 
 
 def near_misses(modules: Mapping[str, nn.Module], name: str, taken: set[str]) -> Iterator[NearMiss]:
@@ -240,8 +245,8 @@ def collapse_paths(paths: Sequence[str]) -> str:
     """Paths written once with their running numbers as ranges: `model.layers.{0..29}.mlp`."""
     groups: dict[tuple[str, ...], list[tuple[int, ...]]] = {}
     for path in paths:
-        literal = tuple(re.split(r"(?<![^.])\d+(?![^.])", path))
-        numbers = tuple(int(number) for number in re.findall(r"(?<![^.])\d+(?![^.])", path))
+        literal = tuple(_NUMBER.split(path))
+        numbers = tuple(int(number) for number in _NUMBER.findall(path))
         groups.setdefault(literal, []).append(numbers)
     return ", ".join(_spell_group(literal, numbers) for literal, numbers in groups.items())
 

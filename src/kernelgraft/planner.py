@@ -4,8 +4,6 @@ The outcome is a `Blueprint`: the `Plan`, which is data, and what a graft needs 
 classes to bind), which is not. Nothing of the model has changed when it is there.
 """
 
-import difflib
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,11 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernelgraft.binding import ClassKey, Modes, bound_class, conflicting_names, read_attributes
+from kernelgraft.binding import ClassKey, Modes, bound_class, conflicting_names
 from kernelgraft.config import MISSING, Entry, KernelConfig, device_type, select
-from kernelgraft.conversion.lazy import LazyTensor, TensorSource
-from kernelgraft.conversion.program import Program
-from kernelgraft.conversion.rules import Converted, Rules, read_rules
+from kernelgraft.conversion.rules import Rules, read_rules
 from kernelgraft.errors import KernelError, KernelGraftError, PlanError
 from kernelgraft.functions import called_functions, check_function, find_functions
 from kernelgraft.kernel import Kernel, load_kernel, require_layout
@@ -32,6 +28,7 @@ from kernelgraft.matching import (
     near_misses,
     no_module_message,
 )
+from kernelgraft.origins import argument_names, full_name, names_places, originals_of, shapes_of, trace_program
 from kernelgraft.plan import FunctionPlan, KernelUse, KindPlan, Plan, Rejected, SitePlan
 from kernelgraft.recording import Arguments
 from kernelgraft.refusals import (
@@ -41,6 +38,7 @@ from kernelgraft.refusals import (
     check_shared,
     check_sources_agree,
 )
+from kernelgraft.signature import check_attributes
 from kernelgraft.soundness import FusionSite, Run, check_soundness
 
 MODES = ((False, False), (True, False), (False, True), (True, True))
@@ -54,8 +52,8 @@ class Subject:
     Attributes:
         model: The model; on the meta device if it is being loaded.
         live: Whether its parameters hold values.
-        skeleton: The same model on the meta device, if there is one: there a forward costs nothing.
         arguments: What the `__init__` of the module at a path got, if that is known.
+        skeleton: The same model on the meta device, if there is one: there a forward costs nothing.
         device_of: The device on which a parameter is, or will be.
         run: One forward of the model it is given, for the soundness of fusions.
         tied: Parameters that will be tied after loading: target to source.
@@ -64,16 +62,18 @@ class Subject:
 
     model: nn.Module
     live: bool
+    arguments: Callable[[str], Arguments | None]
     skeleton: nn.Module | None = None
-    arguments: Callable[[str], Arguments | None] = lambda path: None
     device_of: Callable[[str], torch.device] | None = None
     run: Run | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
 
     def device(self, name: str, tensor: torch.Tensor) -> torch.device:
-        """Where the parameter called `name` is, or will be."""
-        return self.device_of(name) if self.device_of else tensor.device
+        """Where the parameter called `name` is, or will be: on the CPU if nothing else is said of a skeleton's."""
+        if self.device_of is not None:
+            return self.device_of(name)
+        return torch.device("cpu") if tensor.is_meta else tensor.device
 
 
 @dataclass
@@ -178,8 +178,7 @@ class _Planner:
             if entry.is_fusion:
                 pairs: Any = entry.target
                 wanted += [
-                    _Wanted(claim, entry, inherited)
-                    for claim in find_fusions(self.modules, pairs, self.subject.prefix)
+                    _Wanted(claim, entry, inherited) for claim in find_fusions(self.modules, pairs, self.subject.prefix)
                 ]
         check_overlaps([want.claim for want in wanted])
         taken = {path for want in wanted for path in want.claim.paths}
@@ -222,14 +221,16 @@ class _Planner:
         if modes:
             return modes
         if modes is None:
-            return self._leave(entry, place, "left alone, as the config says")
+            self._leave(entry, place, "left alone, as the config says")
+            return None
         reason = f"the config has no kernel for {device_type(device)!r}"
         if not inherited and self.config.fallback != "reference":
             raise PlanError(
-                f"{entry.label}: {reason}. Add an entry for {device_type(device)!r} ('' leaves the module alone), or pass "
-                f'KernelConfig(..., fallback="reference").'
+                f"{entry.label}: {reason}. Add an entry for {device_type(device)!r} ('' leaves the module alone), or "
+                f'pass KernelConfig(..., fallback="reference").'
             )
-        return self._leave(entry, place, reason)
+        self._leave(entry, place, reason)
+        return None
 
     def _leave(self, entry: Entry, place: str, reason: str) -> None:
         self.rejected.append(Rejected(entry.label, place, reason))
@@ -248,12 +249,13 @@ class _Planner:
         except KernelGraftError as error:
             if not want.inherited:
                 raise
-            return self._leave(want.entry, place, str(error))
+            self._leave(want.entry, place, str(error))
         except Exception as error:
             # A default table leads to code and to servers that the user did not name: what it cannot give is listed.
             if not want.inherited:
                 raise
-            return self._leave(want.entry, place, f"{type(error).__name__}: {error}")
+            self._leave(want.entry, place, f"{type(error).__name__}: {error}")
+        return None
 
     def _site(self, want: _Wanted, place: str) -> PreparedSite | None:
         claim, entry = want.claim, want.entry
@@ -285,7 +287,7 @@ class _Planner:
         )
         for key in keys:
             bound_class(key)
-        _check_attributes(modes, made.layout, members[host], claim.paths[host])
+        check_attributes([kernel for _, _, kernel in modes], made.layout, members[host], claim.paths[host])
         self._check_recorded(claim.paths, members, host)
         site = SitePlan(claim.paths[host], claim.paths, kind_index)
         return PreparedSite(site, kind, entry, keys, made, rules)
@@ -295,7 +297,7 @@ class _Planner:
         path = want.claim.paths[0]
         key = ClassKey("rebound", type(member), None, modes)
         bound_class(key)
-        _check_attributes(modes, member, member, path)
+        check_attributes([kernel for _, _, kernel in modes], member, member, path)
         identity = (want.entry.target, modes, type(member))
         if identity not in self.kinds:
             plan = KindPlan(want.entry.label, (type(member).__name__,), "", _uses(modes), None)
@@ -322,12 +324,12 @@ class _Planner:
             entry.target,
             modes,
             tuple(type(member) for member in members),
-            tuple((index, *item) for index, member in enumerate(members) for item in _shapes(member)),
-            _shapes(made.layout),
-            paths[host] if _names_places(layout) else None,
+            tuple((index, *item) for index, member in enumerate(members) for item in shapes_of(member)),
+            shapes_of(made.layout),
+            paths[host] if names_places(layout) else None,
         )
         if identity not in self.kinds:
-            program, dropped = self._trace(rules, made, paths, members, host)
+            program, dropped = trace_program(rules, made, paths, members, host, self.subject.model, self.subject.prefix)
             irreversible = tuple((name, program.why(name)) for name in program.irreversible)
             plan = KindPlan(
                 target=entry.label,
@@ -341,53 +343,20 @@ class _Planner:
             self.kinds[identity] = (len(self.kinds), plan, rules)
         return self.kinds[identity]
 
-    def _trace(
-        self, rules: Rules, made: Made, paths: Sequence[str], members: Sequence[nn.Module], host: int
-    ) -> tuple[Program, tuple[str, ...]]:
-        originals = _originals(members)
-        lazies = {name: LazyTensor.of(TensorSource(name, tensor)) for name, tensor in originals.items()}
-        model = self.subject.model
-        converted = rules.run(
-            lazies,
-            paths,
-            paths[host],
-            prefix=self.subject.prefix,
-            model=model,
-            config=getattr(model, "config", None),
-            packed_names=[name for name, _ in _named_tensors(made.layout)],
-        )
-        outputs = _assign_targets(converted, made, lazies, paths, host)
-        used = _used(outputs, lazies, converted.origins)
-        program = Program.trace(outputs, {name: lazies[name] for name in used}, converted.origins)
-        program.check_filled()
-        layout = type(made.layout)
-        dropped = tuple(getattr(layout, "dropped", ()))
-        parameters = {f"{i}.{n}" for i, member in enumerate(members) for n, _ in member.named_parameters()}
-        unused = [name for name in originals if name in parameters and name not in program.sources]
-        known = {name for name in unused if _spellings(name, argument_names(layout, len(members))) & set(dropped)}
-        lost = [name for name in unused if name not in known]
-        if lost:
-            spelt = ", ".join(_full(name, paths) for name in lost)
-            raise PlanError(
-                f"{spelt} would be lost: no rule of {layout.__name__} uses it. Add a rule, or list it: dropped = "
-                f"({', '.join(repr(_spelt(name, argument_names(layout, len(members)))) for name in lost)},)."
-            )
-        return program, tuple(name for name in unused if name in known)
-
     def _check_tensors(
         self, paths: Sequence[str], members: Sequence[nn.Module], kind: KindPlan, devices: Mapping[str, torch.device]
     ) -> None:
         assert kind.program is not None
-        originals = _originals(members)
+        originals = originals_of(members)
         by_target: dict[str, dict[str, torch.Tensor]] = {}
         for piece in kind.program.pieces:
             sources = by_target.setdefault(piece.target.name, {})
-            sources[_full(piece.source.name, paths)] = originals[piece.source.name]
+            sources[full_name(piece.source.name, paths)] = originals[piece.source.name]
         for target, sources in by_target.items():
             where = {name: devices.get(name, "") for name in sources}
             check_sources_agree(paths[0], target, sources, where)
-        taken = {_full(name, paths): originals[name] for name in kind.program.sources}
-        moved = [_full(name, paths) for name in kind.program.sources if kind.program.part(name).kind != "whole"]
+        taken = {full_name(name, paths): originals[name] for name in kind.program.sources}
+        moved = [full_name(name, paths) for name in kind.program.sources if kind.program.part(name).kind != "whole"]
         check_shared(paths[0], taken, moved, self.users, self.subject.tied)
 
     def _check_recorded(self, paths: Sequence[str], members: Sequence[nn.Module], host: int) -> None:
@@ -505,24 +474,6 @@ def choose_modes(entry: Entry, device: torch.device, load: Callable[[Any], Kerne
     return None if left_alone and not found else tuple(found)
 
 
-def argument_names(layout: type[nn.Module], count: int) -> tuple[str, ...]:
-    """The names by which plain-data rules call the members: the first `count` arguments of the layout's `__init__`.
-
-    Raises:
-        PlanError: `__init__` takes fewer.
-    """
-    if count == 1:
-        return ("",)
-    code = layout.__init__.__code__
-    names = code.co_varnames[1 : code.co_argcount]
-    if len(names) < count:
-        raise PlanError(
-            f"{layout.__name__}.__init__({', '.join(names)}) takes {len(names)} modules, and the fusion has {count}. "
-            f"It gets the member modules in the order of the config's tuple."
-        )
-    return names[:count]
-
-
 def _one_layout(entry: Entry, modes: Modes, *, fused: bool) -> type[nn.Module] | None:
     layouts = dict.fromkeys(require_layout(kernel) if fused else kernel.layout for _, _, kernel in modes)
     if any(kernel.forward_class is None for _, _, kernel in modes):
@@ -544,122 +495,6 @@ def _host_index(layout: type[nn.Module], paths: Sequence[str]) -> int:
     if host not in last:
         raise PlanError(f"{layout.__name__}.host is {host!r}, and the fusion's modules are {', '.join(last)}.")
     return last.index(host)
-
-
-def _check_attributes(modes: Modes, layout: nn.Module, original: nn.Module, path: str) -> None:
-    """Refuse a kernel whose forward reads something that neither its layout nor the original has."""
-    for kernel in dict.fromkeys(kernel for _, _, kernel in modes):
-        assert kernel.forward_class is not None
-        missing = [
-            name
-            for name in read_attributes(kernel.forward_class)
-            if not hasattr(layout, name) and not hasattr(original, name) and not hasattr(kernel.forward_class, name)
-        ]
-        if missing:
-            have = sorted({*_public(layout), *_public(original)})
-            near = [match for name in missing for match in difflib.get_close_matches(name, have, n=2)]
-            raise PlanError(
-                f"{kernel.name}.forward reads {', '.join(f'self.{name}' for name in missing)}, which "
-                f"{type(original).__name__} at {path!r} does not have"
-                f"{f' (nearest: {near})' if near else ''}. It has: {', '.join(have)}."
-            )
-
-
-def _public(module: nn.Module) -> list[str]:
-    names = {*module._parameters, *module._buffers, *module._modules, *vars(module)}
-    return [name for name in names if not name.startswith("_") and name != "training"]
-
-
-def _assign_targets(
-    converted: Converted, made: Made, lazies: Mapping[str, torch.Tensor], paths: Sequence[str], host: int
-) -> dict[str, torch.Tensor]:
-    """A value for every parameter and persistent buffer of the layout: by rule, by being a member's own, by name."""
-    layout = made.layout
-    names = argument_names(type(layout), len(paths))
-    by_name: dict[str, str] = {}
-    for key in converted.untouched:
-        for spelling in _spellings(key, names):
-            by_name.setdefault(spelling, key)
-    wanted = dict(layout.named_parameters())
-    persistent = set(layout.state_dict(keep_vars=True))
-    wanted |= {name: buffer for name, buffer in layout.named_buffers() if name in persistent}
-    outputs: dict[str, torch.Tensor] = {}
-    for name, target in wanted.items():
-        if name in converted.packed:
-            outputs[name] = converted.packed[name]
-        elif name in made.kept and made.kept[name] in converted.untouched:
-            outputs[name] = lazies[made.kept[name]]
-        elif name in by_name and lazies[by_name[name]].shape == target.shape:
-            outputs[name] = lazies[by_name[name]]
-        else:
-            left = ", ".join(f"{_spelt(key, names)} {list(lazies[key].shape)}" for key in converted.untouched)
-            raise PlanError(
-                f"Nothing fills {type(layout).__name__}.{name} {list(target.shape)} at {paths[host]!r}: no rule makes "
-                f"it and no parameter of that name and shape is left. Left are: {left or 'none'}. Add a rule to its "
-                f"packing or conversion_mapping."
-            )
-        if outputs[name].shape != target.shape:
-            raise PlanError(
-                f"{type(layout).__name__}.{name} at {paths[host]!r} has shape {list(target.shape)}, and its rule makes "
-                f"{list(outputs[name].shape)}. Correct the rule, or the shape in the layout's __init__."
-            )
-    extra = [name for name in converted.packed if name not in wanted]
-    if extra:
-        raise PlanError(
-            f"The rules of {type(layout).__name__} make {', '.join(extra)} at {paths[host]!r}, which it does not have. "
-            f"It has: {', '.join(wanted)}."
-        )
-    return outputs
-
-
-def _used(
-    outputs: Mapping[str, torch.Tensor], lazies: Mapping[str, torch.Tensor], origins: Mapping[str, Sequence[str]]
-) -> list[str]:
-    used = {source.name for output in outputs.values() if isinstance(output, LazyTensor) for source in output.sources}
-    used |= {name for target in outputs for name in origins.get(target, ())}
-    return [name for name in lazies if name in used]
-
-
-def _names_places(layout: type[nn.Module]) -> bool:
-    """Whether a rule names a certain layer (`model.layers.0.`), so that sites of one kind may convert differently."""
-    rules = getattr(layout, "conversion_mapping", None) or ()
-    patterns = [pattern for rule in rules for pattern in getattr(rule, "source_patterns", ())]
-    return any(re.search(r"\.\d", pattern) for pattern in patterns)
-
-
-def _originals(members: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers of the members, by `<member's index>.<name>`."""
-    return {
-        f"{index}.{name}": tensor
-        for index, member in enumerate(members)
-        for name, tensor in member.state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor)
-    }
-
-
-def _spellings(key: str, names: Sequence[str]) -> set[str]:
-    """How an original may be called inside its layout: `norm.weight` or `weight`."""
-    index, _, local = key.partition(".")
-    name = names[int(index)]
-    return {local, f"{name}.{local}"} if name else {local}
-
-
-def _spelt(key: str, names: Sequence[str]) -> str:
-    index, _, local = key.partition(".")
-    return f"{names[int(index)]}.{local}" if names[int(index)] else local
-
-
-def _full(key: str, paths: Sequence[str]) -> str:
-    index, _, local = key.partition(".")
-    return f"{paths[int(index)]}.{local}"
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
-
-
-def _shapes(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    return tuple((name, tuple(tensor.shape)) for name, tensor in _named_tensors(module))
 
 
 def _uses(modes: Modes) -> tuple[KernelUse, ...]:

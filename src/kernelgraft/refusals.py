@@ -11,7 +11,16 @@ from kernelgraft.errors import PlanError
 from kernelgraft.slot import KEY
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_QUANTIZERS = ("bitsandbytes.", "torchao.", "hqq.", "gptqmodel.", "awq.", "auto_gptq.", "quanto.", "compressed_tensors.")
+_QUANTIZERS = (
+    "bitsandbytes.",
+    "torchao.",
+    "hqq.",
+    "gptqmodel.",
+    "awq.",
+    "auto_gptq.",
+    "quanto.",
+    "compressed_tensors.",
+)
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
 
@@ -90,7 +99,9 @@ def _check_tensor(path: str, tensor: torch.Tensor, *, live: bool) -> None:
         )
 
 
-def check_sources_agree(site: str, packed: str, sources: Mapping[str, torch.Tensor], devices: Mapping[str, Any]) -> None:
+def check_sources_agree(
+    site: str, packed: str, sources: Mapping[str, torch.Tensor], devices: Mapping[str, Any]
+) -> None:
     """Refuse a packed parameter whose sources differ in dtype, device or `requires_grad`.
 
     Args:
@@ -129,8 +140,13 @@ def check_one_device(site: str, devices: Mapping[str, Any]) -> None:
         )
 
 
-def check_shared(site: str, taken: Mapping[str, torch.Tensor], moved: Iterable[str], users: Mapping[int, Sequence[str]],
-                 tied: Mapping[str, str]) -> None:
+def check_shared(
+    site: str,
+    taken: Mapping[str, torch.Tensor],
+    moved: Iterable[str],
+    users: Mapping[int, Sequence[str]],
+    tied: Mapping[str, str],
+) -> None:
     """Refuse to merge or transpose a parameter that something outside the site uses too.
 
     Args:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.utils.dlpack import from_dlpack
 
 from kernelgraft.errors import GraftError
 
@@ -86,6 +87,7 @@ class Slot:
         parts: For each original parameter that was taken over, how it reads from the packed ones.
         before: On a host, the slots whose output flows into it, in order.
         is_behind: Whether the host's output flows into this slot.
+        lost: While a graft is being made, the values of originals that cannot be had back from the packed ones.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class Slot:
         self.parts = dict(parts)
         self.before: tuple[Slot, ...] = ()
         self.is_behind = False
+        self.lost: dict[str, torch.Tensor] = {}
 
     @property
     def is_host(self) -> bool:
@@ -144,7 +147,7 @@ class GraftedModule(nn.Module):
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if destination is None and not args:
             destination = OrderedDict()
-            destination._metadata = OrderedDict()  # type: ignore[attr-defined]  # torch's own way to carry versions
+            destination._metadata = OrderedDict()
         out = slot.tree().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
         if keep_vars:
             return out
@@ -153,7 +156,7 @@ class GraftedModule(nn.Module):
             if part.kind == "view" and type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda"):
                 # The same memory under a storage of its own: savers that look at storages take parts that share one
                 # for tied weights and drop all but one of them.
-                out[prefix + name] = torch.from_dlpack(tensor)
+                out[prefix + name] = from_dlpack(tensor)
         return out
 
     def _load_from_state_dict(
@@ -182,9 +185,9 @@ class GraftedModule(nn.Module):
         state_dict.update({prefix + name: buffer for name, buffer in self.named_buffers()})
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         slot: Slot = self.__dict__[KEY]
-        slot.skeleton._apply(fn)
+        slot.skeleton._apply(fn)  # type: ignore[no-untyped-call]
         return self
 
     def train(self, mode: bool = True) -> Any:
@@ -356,7 +359,7 @@ def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
         child = module._modules[step]
         assert child is not None
         module = child
-    tensor = module._parameters.get(last)
+    tensor: torch.Tensor | None = module._parameters.get(last)
     if tensor is None:
         tensor = module._buffers[last]
     assert tensor is not None

@@ -144,12 +144,20 @@ _NUM_TOKENS = 4
 
 def _run_with_inputs(model: nn.Module) -> None:
     inputs = _inputs(model, _device(model))
-    if inputs is not None:
-        dtype = _floating_dtype(model)
-        inputs = {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
-        # Without a cache, Transformers looks for packed sequences in the values of the positions: impossible on meta.
-        cache = {"use_cache": True} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    if inputs is None:
+        return
+    dtype, takes = _floating_dtype(model), inspect.signature(model.forward).parameters
+    inputs = {name: each.to(dtype) if each.is_floating_point() else each for name, each in inputs.items()}
+    # Without a cache, Transformers looks for packed sequences in the values of the positions: impossible on meta.
+    cache = {"use_cache": True} if "use_cache" in takes else {}
+    try:
         model(**inputs, **cache)
+    except Exception:
+        if "input_ids" not in inputs or "attention_mask" not in takes:
+            raise
+        # Without a mask it looks for padding in the values of the tokens, and in those of a mask of two dimensions.
+        mask = torch.zeros(1, 1, _NUM_TOKENS, _NUM_TOKENS, dtype=dtype, device=_device(model))
+        model(**inputs, **cache, attention_mask=mask)
 
 
 def _inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor] | None:

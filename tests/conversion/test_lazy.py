@@ -1,14 +1,18 @@
 """Lazy tensors: how they stand in for tensors, what they read, and what they refuse."""
 
+import ast
 import copy
 import math
 import pickle
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernelgraft import conversion
 from kernelgraft.conversion import LazyTensor, TensorSource, eager_steps
 from kernelgraft.conversion.lazy import is_lossless
 from kernelgraft.errors import ConversionError
@@ -362,3 +366,14 @@ def test_many_experts_stay_cheap():
     parts = torch.stack(experts).transpose(1, 2).unbind(0)
     assert [part.sources[0].name for part in parts] == [f"e{i}" for i in range(512)]
     assert all(math.prod(view.shape) == 32 for part in parts for view, _ in part.pieces())
+
+
+def test_the_package_imports_nothing_heavy():
+    folder = Path(conversion.__file__).parent
+    for file in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                ours = module.startswith(("kernelgraft.conversion", "kernelgraft.errors"))
+                assert ours or module.split(".")[0] in {"torch", *sys.stdlib_module_names}, (file.name, module)

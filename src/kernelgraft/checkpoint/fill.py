@@ -10,24 +10,6 @@ from kernelgraft.errors import CheckpointError
 from kernelgraft.recording import arguments_of
 from kernelgraft.slot import put_tensor, tensor_at
 
-_RESOLVED = "_kernelgraft_resolved"
-
-
-def resolve(lazy: LazyTensor) -> torch.Tensor:
-    """The tensor for which a lazy one stands, made once: a view of the mapped file if it is one whole tensor there.
-
-    Parameters that are tied are one lazy tensor, and so become one parameter.
-    """
-    made: torch.Tensor | None = lazy.__dict__.get(_RESOLVED)
-    if made is None:
-        made = lazy.materialize()
-        if isinstance(lazy, nn.Parameter):
-            made = nn.Parameter(made, requires_grad=lazy.requires_grad)
-            # Marks that others left on the parameter (Transformers: "initialized").
-            made.__dict__.update({k: v for k, v in lazy.__dict__.items() if k.startswith("_is_")})
-        lazy.__dict__[_RESOLVED] = made
-    return made
-
 
 def materialize(model: nn.Module) -> None:
     """Give every parameter and buffer of `model` that is still lazy its bytes."""
@@ -35,7 +17,7 @@ def materialize(model: nn.Module) -> None:
         for registry in (module._parameters, module._buffers):
             for name, tensor in registry.items():
                 if isinstance(tensor, LazyTensor):
-                    registry[name] = resolve(tensor)  # type: ignore[assignment]
+                    registry[name] = tensor.resolved()  # type: ignore[assignment]
 
 
 def check_names(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -107,8 +89,8 @@ def _remake(model: nn.Module, name: str) -> torch.Tensor:
     arguments = arguments_of(module)
     if arguments is None:
         raise CheckpointError(
-            f"{name} is a non-persistent buffer on the meta device: no checkpoint has it. Build the model inside "
-            f"`with kernelgraft.recorded():`, so that {type(module).__name__} can be made again, or build it on the CPU."
+            f"{name} is a non-persistent buffer on the meta device: no checkpoint has it. Build the model inside `with "
+            f"kernelgraft.recorded():`, so that {type(module).__name__} can be made again, or build it on the CPU."
         )
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         again = type(module)(*arguments.args, **arguments.kwargs)

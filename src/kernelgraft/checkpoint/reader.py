@@ -8,7 +8,6 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
@@ -86,6 +85,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
             raise
 
     def _open(self, path: str) -> None:
+        from safetensors import SafetensorError, safe_open  # `import kernelgraft` needs torch alone
+
         try:
             handle = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
         except (OSError, SafetensorError) as error:

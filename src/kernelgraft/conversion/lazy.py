@@ -282,6 +282,13 @@ def is_lossless(old: torch.dtype, new: torch.dtype) -> bool:
     """Whether every value of the dtype `old` is a value of `new`."""
     if old == new or old == torch.bool:
         return True
+    try:
+        return _holds_all(old, new)
+    except (TypeError, RuntimeError, NotImplementedError):  # a dtype of raw bits, about which torch says nothing
+        return False
+
+
+def _holds_all(old: torch.dtype, new: torch.dtype) -> bool:
     if old.is_floating_point and new.is_floating_point:
         a, b = torch.finfo(old), torch.finfo(new)
         # Subnormals end at tiny * eps.

@@ -336,18 +336,32 @@ def _coalesced(move: Move) -> Move:
 
 
 def _joined(moves: list[Move]) -> list[Move]:
-    moves = sorted(moves, key=lambda move: move.into)
+    """Joins neighbours until none are left, be they neighbours in the memory written or in the memory read."""
     while True:
-        out: list[Move] = []
-        for move in moves:
-            both = _join(out[-1], move) if out else None
-            if both:
-                out[-1] = both
-            else:
-                out.append(move)
-        if len(out) == len(moves):
-            return out
-        moves = out
+        before = len(moves)
+        for key in (_by_into, _by_of):
+            moves = _joined_once(sorted(moves, key=key))
+        if len(moves) == before:
+            return moves
+
+
+def _by_into(move: Move) -> int:
+    return move.into
+
+
+def _by_of(move: Move) -> int:
+    return move.of
+
+
+def _joined_once(moves: list[Move]) -> list[Move]:
+    out: list[Move] = []
+    for move in moves:
+        both = _join(out[-1], move) if out else None
+        if both:
+            out[-1] = both
+        else:
+            out.append(move)
+    return out
 
 
 def _join(first: Move, second: Move) -> Move | None:
