@@ -8,7 +8,7 @@ import difflib
 import functools
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -202,8 +202,12 @@ def near_misses(modules: Mapping[str, nn.Module], name: str, taken: set[str]) ->
             yield NearMiss(path, class_name, name, f"its class name does not end in {name!r}")
 
 
-def check_overlaps(claims: Sequence[Claim]) -> None:
+def check_overlaps(claims: Sequence[Claim], light: Collection[Claim] = ()) -> None:
     """Refuse claims of which one lies in, or is, another.
+
+    Args:
+        claims: All claims.
+        light: Those of them that leave what is inside their module to itself.
 
     Raises:
         PlanError: Two claims want the same module, or one wants a module inside another's.
@@ -218,8 +222,8 @@ def check_overlaps(claims: Sequence[Claim]) -> None:
                 )
             owner[path] = claim
     for path, claim in owner.items():
-        for outer in _ancestors(path):
-            if outer in owner:
+        for outer in ancestors(path):
+            if outer in owner and owner[outer] not in light:
                 raise PlanError(
                     f"{path!r}, asked for by {_spelt(claim)}, lies inside {outer!r}, asked for by "
                     f"{_spelt(owner[outer])}. One kernel takes a module over with all that is in it: keep one of the "
@@ -227,7 +231,8 @@ def check_overlaps(claims: Sequence[Claim]) -> None:
                 )
 
 
-def _ancestors(path: str) -> Iterator[str]:
+def ancestors(path: str) -> Iterator[str]:
+    """The paths of the modules around the one at `path`, the nearest first, but for the root."""
     while "." in path:
         path = path.rpartition(".")[0]
         yield path

@@ -21,6 +21,7 @@ from kernelgraft.layouts import Made, make_layout
 from kernelgraft.matching import (
     Claim,
     NearMiss,
+    ancestors,
     check_overlaps,
     collapse_paths,
     find_fusions,
@@ -183,7 +184,9 @@ class _Planner:
         check_overlaps([want.claim for want in wanted])
         taken = {path for want in wanted for path in want.claim.paths}
         singles = [want for entry, inherited in self.entries for want in self._single(entry, inherited, taken)]
-        check_overlaps([want.claim for want in (*wanted, *singles) if not want.inherited])
+        singles = self._left_inside(wanted, singles)
+        asked = [want for want in (*wanted, *singles) if not want.inherited]
+        check_overlaps([want.claim for want in asked], {want.claim for want in asked if not self._takes_over(want)})
         return wanted + self._without_overlaps(wanted, singles)
 
     def _single(self, entry: Entry, inherited: bool, taken: set[str]) -> list[_Wanted]:
@@ -199,14 +202,37 @@ class _Planner:
             self.rejected.append(Rejected(entry.label, "", "fusions have taken all of its modules over"))
         return [_Wanted(claim, entry, inherited) for claim in left]
 
+    def _left_inside(self, fusions: list[_Wanted], singles: list[_Wanted]) -> list[_Wanted]:
+        """Leave out modules that lie inside one which another kernel takes over with all its parameters."""
+        outer = {path: want for want in fusions for path in want.claim.paths}
+        outer |= {want.claim.paths[0]: want for want in singles if not want.inherited and self._takes_over(want)}
+        kept = []
+        for want in singles:
+            path = want.claim.paths[0]
+            around = next((outer[each] for each in ancestors(path) if each in outer), None)
+            if around is None:
+                kept.append(want)
+            elif not want.inherited:
+                self._leave(want.entry, path, f"it lies inside what the kernel for {around.entry.label} takes over")
+        return kept
+
+    def _takes_over(self, want: _Wanted) -> bool:
+        """Whether a kernel packs the parameters of the modules that it is for; a stateless one leaves them there."""
+        if want.claim.is_fusion:
+            return True
+        modes = choose_modes(want.entry, self.device, self._load) or ()
+        return any(kernel.layout is not None for _, _, kernel in modes)
+
     def _without_overlaps(self, fusions: list[_Wanted], singles: list[_Wanted]) -> list[_Wanted]:
         """Leave out what a default table offers inside, or around, what was asked for."""
         asked = {path for want in (*fusions, *singles) if not want.inherited for path in want.claim.paths}
         kept = []
         for want in singles:
             path = want.claim.paths[0]
-            near = next((p for p in asked if p == path or _inside(p, path) or _inside(path, p)), None)
-            if want.inherited and near is not None:
+            near = None
+            if want.inherited:
+                near = next((p for p in asked if p == path or _inside(p, path) or _inside(path, p)), None)
+            if near is not None:
                 self.rejected.append(Rejected(want.entry.label, path, f"another kernel was asked for at {near}"))
             else:
                 asked.add(path)

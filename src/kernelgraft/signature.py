@@ -102,7 +102,10 @@ def adapted_forward(kernel: Kernel, original: type[nn.Module]) -> Callable[..., 
 
 
 def read_attributes(kernel: type) -> list[str]:
-    """The attributes of `self` that a kernel's forward reads: annotated in its class, or found in its code."""
+    """The attributes of `self` that a kernel's forward reads: annotated in its class, or found in its code.
+
+    One that the code asks for first, by `hasattr(self, "name")`, may be missing and is left out.
+    """
     forward = inspect.unwrap(kernel.forward)  # type: ignore[attr-defined]
     code = getattr(forward, "__code__", None)
     names = [name for base in kernel.__mro__ if base is not nn.Module for name in inspect.get_annotations(base)]
@@ -110,7 +113,7 @@ def read_attributes(kernel: type) -> list[str]:
         me = code.co_varnames[0]
         loaded: Any = None
         for step in dis.get_instructions(code):
-            if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and loaded == me:
+            if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and loaded == me and step.argval not in code.co_consts:
                 names.append(step.argval)
             # Newer Pythons load two names in one step; the last of them is what the next step reads from.
             loaded = step.argval[-1] if isinstance(step.argval, tuple) else step.argval

@@ -31,25 +31,36 @@ class MergedAttentionLayout(nn.Module):
         self.o_proj = nn.Linear(self.sizes[0], config.hidden_size, bias=out_bias)
 
 
+def attend(module, hidden_states, query, key, value, position_embeddings, attention_mask, past_key_values, kwargs):
+    """From the projections (B, T, heads, D) to the output: rotary embedding, cache, attention, output projection."""
+    query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+    value = value.transpose(1, 2)
+    if past_key_values is not None:
+        key, value = past_key_values.update(key, value, module.layer_idx)
+    window = {}
+    if module.config.model_type != "llama":
+        of = module if hasattr(module, "sliding_window") else module.config
+        window = {"sliding_window": getattr(of, "sliding_window", None)}
+    interface = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention_forward)
+    dropout = module.attention_dropout if module.training else 0.0
+    out, weights = interface(
+        module, query, key, value, attention_mask, dropout=dropout, scaling=module.scaling, **window, **kwargs
+    )
+    return module.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+def project(module, hidden_states):
+    shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+    merged = F.linear(hidden_states, module.qkv_proj.weight, module.qkv_proj.bias)
+    return (part.reshape(shape) for part in merged.split(module.sizes, -1))
+
+
 class MergedAttention(nn.Module):
     def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        query, key, value = F.linear(hidden_states, self.qkv_proj.weight, self.qkv_proj.bias).split(self.sizes, -1)
-        query, key, value = query.reshape(shape), key.reshape(shape), value.reshape(shape).transpose(1, 2)
-        if hasattr(self, "q_norm"):
-            query, key = norm(query, self.q_norm, self.norm_eps), norm(key, self.k_norm, self.norm_eps)
-        query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
-        window = {"sliding_window": self.sliding_window} if hasattr(self, "sliding_window") else {}
-        if self.config.model_type == "mistral":
-            window = {"sliding_window": getattr(self.config, "sliding_window", None)}
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        out, weights = attend(
-            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **window, **kwargs
+        query, key, value = project(self, hidden_states)
+        return attend(
+            self, hidden_states, query, key, value, position_embeddings, attention_mask, past_key_values, kwargs
         )
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
 
 
 def norm(x, scale, eps):
@@ -70,8 +81,13 @@ class NormedAttentionLayout(MergedAttentionLayout):
         self.k_norm = nn.Parameter(torch.ones(config.head_dim))
 
 
-class NormedAttention(MergedAttention):
-    pass
+class NormedAttention(nn.Module):
+    def forward(self, hidden_states, position_embeddings, attention_mask=None, past_key_values=None, **kwargs):
+        query, key, value = project(self, hidden_states)
+        query, key = norm(query, self.q_norm, self.norm_eps), norm(key, self.k_norm, self.norm_eps)
+        return attend(
+            self, hidden_states, query, key, value, position_embeddings, attention_mask, past_key_values, kwargs
+        )
 
 
 class layers:

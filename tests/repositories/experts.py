@@ -51,7 +51,7 @@ class RestackedExpertsLayout(nn.Module):
     packing = {
         "halves": {
             "sources": "gate_up_proj",
-            "operations": [["reshape", [4, 2, 32, 64]], ["permute", [1, 0, 2, 3]]],
+            "operations": [["reshape", [4, 2, -1, 32]], ["permute", [1, 0, 2, 3]]],
         },
         "down": "down_proj",
     }
