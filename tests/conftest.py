@@ -1,6 +1,7 @@
-"""Saved checkpoints of tiny models, made once for a run."""
+"""Saved checkpoints of tiny models, made once for a run, and the proof that nothing stays behind in Transformers."""
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -22,3 +23,45 @@ def checkpoint(tmp_path_factory):
 @pytest.fixture(scope="session")
 def qwen3_folder(checkpoint):
     return checkpoint("qwen3")
+
+
+@pytest.fixture(scope="session")
+def plain(checkpoint):
+    """A model that Transformers alone has loaded from `qwen3_folder`, after all that tests do with such a model.
+
+    What Transformers notes down at a first load, a first save or a first training step is there from then on, and in
+    `kernels` the repository that it has loaded.
+    """
+    from transformers import AutoModelForCausalLM
+
+    import tiny
+    from kernels import get_local_kernel
+
+    get_local_kernel(tiny.EXAMPLE)
+    for kind in ("cohere", "qwen3_moe", "qwen3"):
+        model = AutoModelForCausalLM.from_pretrained(checkpoint(kind))
+        tiny.generate(model)
+        tiny.switch_checkpointing(model, True)
+        tiny.gradients(model.train())
+        loaded = AutoModelForCausalLM.from_pretrained(checkpoint(kind), device_map="cpu")
+    return loaded
+
+
+def _as_before(plain, qwen3_folder):
+    """Afterwards every attribute of every `transformers` module, and a plain load, are as they were before."""
+    from transformers import AutoModelForCausalLM
+
+    import tiny
+    from transformers_state import Snapshot
+
+    before = Snapshot()
+    yield
+    assert before.changes() == []
+    again = AutoModelForCausalLM.from_pretrained(qwen3_folder)
+    assert [type(module) for module in again.modules()] == [type(module) for module in plain.modules()]
+    assert [vars(module).keys() for module in again.modules()] == [vars(module).keys() for module in plain.modules()]
+    assert torch.equal(tiny.logits(again), tiny.logits(plain))
+
+
+nothing_stays_behind = pytest.fixture(name="nothing_stays_behind")(_as_before)
+nothing_stays_behind_in_the_end = pytest.fixture(scope="module", name="nothing_stays_behind_in_the_end")(_as_before)

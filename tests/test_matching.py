@@ -3,11 +3,11 @@
 import re
 
 import pytest
-import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+import tiny
 from kernelgraft import matching
 from kernelgraft.errors import PlanError
 
@@ -98,7 +98,11 @@ def test_patterns_are_tried_with_and_without_the_base_models_prefix(modules):
     [
         (
             [("RMSNorm", "model.layer.*.post_attention_layernorm"), ("MLP", "model.layer.*.mlp")],
-            ["matches no module", "('RMSNorm', 'model.layers.*.post_attention_layernorm')", "('MLP', 'model.layers.*.mlp')"],
+            [
+                "matches no module",
+                "('RMSNorm', 'model.layers.*.post_attention_layernorm')",
+                "('MLP', 'model.layers.*.mlp')",
+            ],
         ),
         (
             [("RMSNorm", NORM), ("Banana", MLP)],

@@ -1,165 +1,236 @@
-"""Ten families of models and a plain module: loaded with kernels, run, saved, loaded again, and ungrafted."""
+"""Kernels in every kind of model: loaded from a checkpoint, run, saved, loaded by plain Transformers, taken out."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
 import kernelgraft
+import tiny
 from kernelgraft import KernelConfig
+from kernelgraft.errors import PlanError
+from kernelgraft.soundness import FusionSite, check_soundness, forward_runner
 
 pytestmark = pytest.mark.transformers
 
 REPOSITORIES = Path(__file__).parent / "repositories"
+LAYER = "model.layers.*"
+NORM_MLP = (("RMSNorm", f"{LAYER}.post_attention_layernorm"), ("MLP", f"{LAYER}.mlp"))
+BEFORE = ("RMSNorm", f"{LAYER}.pre_feedforward_layernorm")
+MLP = ("MLP", f"{LAYER}.mlp")
+AFTER = ("RMSNorm", f"{LAYER}.post_feedforward_layernorm")
+BERT_LAYER = "bert.encoder.layer.*"
+BERT_FEED_FORWARD = (("Intermediate", f"{BERT_LAYER}.intermediate"), ("Output", f"{BERT_LAYER}.output"))
+VIT_FEED_FORWARD = (("LayerNorm", "vit.layers.*.layernorm_after"), ("MLP", "vit.layers.*.mlp"))
 
 
 def use(text):
+    """A reference to a kernel in `repositories/`."""
     return f"{REPOSITORIES}/{text}"
 
 
-def pair(first, second, parent="model.layers.*"):
-    return tuple((name, f"{parent}.{child}") for name, child in (first, second))
+@dataclass
+class Case:
+    """One kind of model with kernels in it.
+
+    Attributes:
+        kind: The model, by its name in `tiny`.
+        kernels: A `kernel_mapping` whose references are relative to `repositories/`.
+        num_sites: How many sites there shall be.
+        exact: Whether the kernels do the original's arithmetic in its order.
+        changes: What is changed in the model's config.
+        same_blas: Whether the original, on views of the packed weights, gets gradients bit for bit. Where a weight is
+            transposed in memory, matrix products add up in another order.
+    """
+
+    kind: str
+    kernels: dict
+    num_sites: int
+    exact: bool = True
+    changes: dict = field(default_factory=dict)
+    same_blas: bool = True
+
+    @property
+    def config(self):
+        mapping = {key: use(reference) for key, reference in self.kernels.items()}
+        return KernelConfig(mapping, inherit_mapping=False)
+
+    def __str__(self):
+        names = "+".join(reference.partition(":")[2] for reference in self.kernels.values())
+        return f"{self.kind}-{names}{''.join(f'-{name}' for name in self.changes)}"
 
 
-NORM_MLP = pair(("RMSNorm", "post_attention_layernorm"), ("MLP", "mlp"))
-PRE = ("RMSNorm", "pre_feedforward_layernorm")
-POST = ("RMSNorm", "post_feedforward_layernorm")
-GUIDE = {"RMSNorm": f"{tiny.EXAMPLE}:CustomRMSNorm", NORM_MLP: f"{tiny.EXAMPLE}:RMSNormMLP"}
+CASES = [
+    Case("llama", {NORM_MLP: "gated.py:NormMLP"}, 2),
+    Case("llama", {NORM_MLP: "gated.py:NormMLPByRules"}, 2),
+    Case("llama", {"Attention": "attention.py:MergedAttention"}, 2),
+    Case("llama", {"Attention": "attention.py:MergedAttention"}, 2, changes={"attention_bias": True}),
+    Case("qwen2", {NORM_MLP: "gated.py:NormMLPByRules", "Attention": "attention.py:MergedAttention"}, 4),
+    Case("qwen3", {NORM_MLP: "gated.py:NormMLP", "Attention": "attention.py:NormedAttention"}, 4),
+    Case("qwen3", {NORM_MLP: "gated.py:NormMLPByRules"}, 2, changes={"tie_word_embeddings": True}),
+    Case("mistral", {NORM_MLP: "gated.py:NormMLP", "Attention": "attention.py:MergedAttention"}, 4),
+    Case("phi3", {NORM_MLP: "phi3.py:SplitMLP"}, 2, exact=False),
+    Case("phi3", {"MLP": "phi3.py:RenamedMLP"}, 2),
+    Case("gemma3", {(BEFORE, MLP): "gemma3.py:PreNormMLP", "RMSNorm": "gemma3.py:OffsetNorm"}, 13),
+    Case("gemma3", {(MLP, AFTER): "gemma3.py:MLPPostNorm"}, 2),
+    Case("gemma3", {(BEFORE, MLP, AFTER): "gemma3.py:Sandwich"}, 2),
+    Case("qwen3_moe", {"Experts": "experts.py:TransposedExperts"}, 2, exact=False),
+    Case(
+        "qwen3_moe", {"Experts": "experts.py:RestackedExperts", "Attention": "attention.py:NormedAttention"}, 4, False
+    ),
+    Case(
+        "mixtral",
+        {"Experts": "experts.py:TransposedExperts", "Attention": "attention.py:MergedAttention"},
+        4,
+        False,
+        same_blas=False,
+    ),
+    Case("mixtral", {"Experts": "experts.py:RestackedExperts"}, 2, exact=False),
+    Case("bert", {"LayerNorm": "encoder.py:AffineNorm"}, 6),
+    Case("bert", {BERT_FEED_FORWARD: "encoder.py:BertFeedForward", "LayerNorm": "encoder.py:AffineNorm"}, 6),
+    Case("vit", {"LayerNorm": "encoder.py:AffineNorm"}, 5),
+    Case("vit", {VIT_FEED_FORWARD: "encoder.py:VitFeedForward", "LayerNorm": "encoder.py:AffineNorm"}, 5, exact=False),
+]
 
-# kind, what is put in, and whether each kernel does the original's arithmetic in the original's order
-CASES = {
-    "llama-guide": ("llama", GUIDE, True),
-    "llama-rules": ("llama", {NORM_MLP: use("gated.py:NormMLPByRules")}, True),
-    "llama-attention": ("llama", {"Attention": use("attention.py:MergedAttention")}, False),
-    "qwen2": (
-        "qwen2",
-        {NORM_MLP: use("gated.py:NormMLP"), "Attention": use("attention.py:MergedAttention")},
-        False,
-    ),
-    "qwen3": (
-        "qwen3",
-        {NORM_MLP: use("gated.py:NormMLPByRules"), "Attention": use("attention.py:NormedAttention")},
-        False,
-    ),
-    "qwen3-guide": ("qwen3", GUIDE, True),
-    "mistral": ("mistral", {NORM_MLP: use("gated.py:NormMLP"), "Attention": use("attention.py:MergedAttention")}, False),
-    "gemma3-pre": ("gemma3", {pair(PRE, ("MLP", "mlp")): use("gemma3.py:PreNormMLP")}, True),
-    "gemma3-post": ("gemma3", {pair(("MLP", "mlp"), POST): use("gemma3.py:MLPPostNorm")}, True),
-    "gemma3-sandwich": (
-        "gemma3",
-        {
-            tuple((name, f"model.layers.*.{child}") for name, child in (PRE, ("MLP", "mlp"), POST)): use(
-                "gemma3.py:Sandwich"
-            ),
-            "RMSNorm": use("gemma3.py:OffsetNorm"),
-        },
-        True,
-    ),
-    "phi3-split": ("phi3", {NORM_MLP: use("phi3.py:SplitMLP")}, False),
-    "phi3-renamed": ("phi3", {"MLP": use("phi3.py:RenamedMLP")}, True),
-    "qwen3_moe": ("qwen3_moe", {"Experts": use("experts.py:TransposedExperts")}, False),
-    "mixtral": ("mixtral", {"Experts": use("experts.py:RestackedExperts")}, False),
-    "bert": (
-        "bert",
-        {
-            "LayerNorm": use("encoder.py:AffineNorm"),
-            pair(
-                ("Intermediate", "intermediate"), ("Output", "output"), "bert.encoder.layer.*"
-            ): use("encoder.py:BertFeedForward"),
-        },
-        True,
-    ),
-    "vit": (
-        "vit",
-        {pair(("LayerNorm", "layernorm_after"), ("MLP", "mlp"), "vit.layers.*"): use("encoder.py:VitFeedForward")},
-        False,
-    ),
+
+def backward(model, kind):
+    model(**tiny.inputs(kind)).logits.pow(2).mean().backward()
+
+
+def grads(model):
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def assert_same(found, expected):
+    """Two dicts of tensors with the same keys in the same order, bit for bit; `None` where there is no tensor."""
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        if tensor is None:
+            assert found[name] is None, name
+        else:
+            assert found[name].dtype == tensor.dtype, name
+            assert torch.equal(found[name], tensor), name
+
+
+def assert_close(found, expected, rtol):
+    """The same, but each value may be off by `rtol` of it or of the largest in its tensor."""
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        if tensor is None:
+            assert found[name] is None, name
+        else:
+            atol = rtol * float(tensor.abs().max())
+            torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_load_run_save_reload_remove(case, checkpoint, tmp_path):
+    folder, kind = checkpoint(case.kind, **case.changes), case.kind
+    cls = tiny.model_class(kind)
+    plain = cls.from_pretrained(folder)
+    model = kernelgraft.from_pretrained(cls, folder, kernel_config=case.config)
+    graft = kernelgraft.graft_of(model)
+    assert len(graft.plan.sites) == case.num_sites
+    assert isinstance(model, cls)
+    assert not model.training
+
+    expected = tiny.logits(plain, kind)
+    found = tiny.logits(model, kind)
+    assert (graft.calls.kernel, graft.calls.reference) == (case.num_sites, 0)
+    if case.exact:
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    with graft.reference():
+        assert torch.equal(tiny.logits(model, kind), expected)
+
+    assert_same(model.state_dict(), plain.state_dict())
+    kernelgraft.save_pretrained(model, tmp_path)
+    assert_same(load_file(tmp_path / "model.safetensors"), load_file(folder / "model.safetensors"))
+    assert (tmp_path / "config.json").read_text() == (folder / "config.json").read_text()
+    reloaded = cls.from_pretrained(tmp_path)
+    assert torch.equal(tiny.logits(reloaded, kind), expected)
+
+    backward(plain, kind)
+    with graft.reference():
+        backward(model, kind)
+    graft.remove()
+    assert kernelgraft.graft_of(model) is None
+    assert {name: type(m) for name, m in model.named_modules()} == {n: type(m) for n, m in plain.named_modules()}
+    if case.same_blas:
+        assert_same(grads(model), grads(plain))
+    else:
+        assert_close(grads(model), grads(plain), 1e-5)
+    assert_same(model.state_dict(), plain.state_dict())
+    assert torch.equal(tiny.logits(model, kind), expected)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_through_the_kernels_are_close(case, checkpoint):
+    """The same loss in float64, where nothing but the order of operations differs."""
+    folder, cls = checkpoint(case.kind, **case.changes), tiny.model_class(case.kind)
+    options = {"dtype": torch.float64}
+    if "Experts" in case.kernels:
+        options["experts_implementation"] = "eager"  # the others know no float64
+    plain = cls.from_pretrained(folder, **options)
+    model = kernelgraft.from_pretrained(cls, folder, kernel_config=case.config, **options)
+    inputs = {name: x.double() if x.is_floating_point() else x for name, x in tiny.inputs(case.kind).items()}
+    for each in (plain, model):
+        each(**inputs).logits.pow(2).mean().backward()
+    graft = kernelgraft.graft_of(model)
+    assert (graft.calls.kernel, graft.calls.reference) == (case.num_sites, 0)
+    graft.remove()
+    assert_close(grads(model), grads(plain), 1e-5)  # the norms of these models compute in float32 whatever the dtype is
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "phi3", "mixtral"])
+def test_tokens_are_the_originals_with_a_cache(kind, checkpoint):
+    case = next(case for case in CASES if case.kind == kind)
+    cls, folder = tiny.model_class(kind), checkpoint(kind)
+    plain = cls.from_pretrained(folder)
+    model = kernelgraft.from_pretrained(cls, folder, kernel_config=case.config)
+    assert torch.equal(tiny.generate(model), tiny.generate(plain))
+    assert kernelgraft.graft_of(model).calls.reference == 0
+
+
+GEMMA3_PAIRS = {
+    ("input_layernorm", "self_attn"): True,
+    ("self_attn", "post_attention_layernorm"): True,
+    ("pre_feedforward_layernorm", "mlp"): True,
+    ("mlp", "post_feedforward_layernorm"): True,
+    ("pre_feedforward_layernorm", "mlp", "post_feedforward_layernorm"): True,
+    ("input_layernorm", "mlp"): False,  # attention stands between them
+    ("post_attention_layernorm", "mlp"): False,  # a residual is added between them
+    ("post_attention_layernorm", "pre_feedforward_layernorm"): False,
 }
 
 
-def case(name):
-    kind, mapping, exact = CASES[name]
-    return kind, KernelConfig(mapping, inherit_mapping=False), exact
+@pytest.mark.parametrize("children", GEMMA3_PAIRS, ids="+".join)
+def test_which_pairs_of_gemma3_are_sound(children):
+    with torch.device("meta"):
+        model = tiny.model_class("gemma3")(tiny.config("gemma3"))
+    sites = [
+        FusionSite(parent, tuple(f"{parent}.{child}" for child in children), f"{parent}.{children[0]}")
+        for parent in ("model.layers.0", "model.layers.1")
+    ]
+    verdicts = check_soundness(model, sites, forward_runner(model), live=False)
+    assert [verdicts[site].sound for site in sites] == [GEMMA3_PAIRS[children]] * 2
 
 
-def run(model, kind):
-    with torch.no_grad():
-        return model(**tiny.inputs(kind)).logits
+def test_an_unsound_pair_of_gemma3_is_refused(checkpoint):
+    pair = (("RMSNorm", f"{LAYER}.post_attention_layernorm"), MLP)
+    config = KernelConfig({pair: use("gemma3.py:PreNormMLP")}, inherit_mapping=False)
+    with pytest.raises(PlanError, match="not sound: the output of 'post_attention_layernorm' is also used by add"):
+        kernelgraft.from_pretrained(tiny.model_class("gemma3"), checkpoint("gemma3"), kernel_config=config)
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_a_model_is_loaded_run_saved_and_ungrafted(name, checkpoint, tmp_path):
-    kind, config, exact = case(name)
-    folder = checkpoint(kind)
-    plain = tiny.model_class(kind).from_pretrained(folder)
-    model = kernelgraft.from_pretrained(tiny.model_class(kind), folder, kernel_config=config)
-    graft = kernelgraft.graft_of(model)
-    assert graft.plan.sites
-    expected = run(plain, kind)
-
-    out = run(model, kind)
-    if exact:
-        assert torch.equal(out, expected)
-    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
-    assert graft.calls.reference == 0
-    assert all(kernel >= 1 for kernel, _ in graft.calls.sites.values())
-
-    with graft.reference():
-        assert torch.equal(run(model, kind), expected)
-        ours, theirs = original_gradients(model, graft, kind), tiny.gradients(plain, kind)
-    assert ours.keys() == theirs.keys()
-    for key, gradient in theirs.items():
-        assert (gradient is None) == (ours[key] is None), key
-        assert gradient is None or torch.equal(ours[key], gradient), key
-
-    model.save_pretrained(tmp_path / "grafted")
-    plain.save_pretrained(tmp_path / "plain")
-    assert_same_files(tmp_path / "grafted", tmp_path / "plain")
-    assert torch.equal(run(tiny.model_class(kind).from_pretrained(tmp_path / "grafted"), kind), expected)
-
-    graft.remove()
-    assert [type(module) for module in model.modules()] == [type(module) for module in plain.modules()]
-    assert torch.equal(run(model, kind), expected)
-    for (key, ours), (_, theirs) in zip(model.state_dict().items(), plain.state_dict().items(), strict=True):
-        assert torch.equal(ours, theirs), key
-
-
-def original_gradients(model, graft, kind):
-    """Gradients by original name: those of the packed parameters, read as the originals read from their values."""
-    packed = tiny.gradients(model, kind)
-    found = {}
-    slots = graft._slots()
-    for name, _ in plain_names(model):
-        found[name] = packed.get(name)
-        path = next((path for path in slots if name.startswith(f"{path}.")), None)
-        if path is not None and name not in packed:
-            slot = slots[path]
-            part = slot.parts[name.removeprefix(f"{path}.")]
-            host = slot.site.host
-            if any(packed[f"{host}.{each}"] is None for each in part.packed):
-                continue
-            found[name] = part.read(lambda each, host=host: packed[f"{host}.{each}"])
-    return found
-
-
-def plain_names(model):
-    state = model.state_dict(keep_vars=True)
-    buffers = {name for name, _ in model.named_buffers()}
-    tied = set(getattr(model, "all_tied_weights_keys", {}))
-    return [(name, tensor) for name, tensor in state.items() if name not in buffers and name not in tied]
-
-
-def assert_same_files(folder, other):
-    names = sorted(path.name for path in other.glob("*.safetensors"))
-    assert sorted(path.name for path in folder.glob("*.safetensors")) == names
-    for name in names:
-        ours, theirs = load_file(folder / name), load_file(other / name)
-        assert list(ours) == list(theirs)
-        assert all(ours[key].dtype == theirs[key].dtype and torch.equal(ours[key], theirs[key]) for key in theirs)
+def test_the_kinds_are_those_that_are_promised():
+    promised = ["llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "qwen3_moe", "mixtral", "bert", "vit"]
+    assert {case.kind for case in CASES} == set(promised)
 
 
 # --- a module that is not of Transformers
@@ -232,7 +303,7 @@ def test_a_plain_module_is_loaded_run_saved_and_ungrafted(config, tmp_path):
     plain(x).square().mean().backward()
 
     kernelgraft.save_pretrained(model, tmp_path / "grafted")
-    assert_same_files(tmp_path / "grafted", tmp_path / "plain")
+    assert_same(*(load_file(tmp_path / name / "model.safetensors") for name in ("grafted", "plain")))
     again = kernelgraft.load(Tower().eval(), tmp_path / "grafted")
     assert torch.equal(again(x), plain(x))
 

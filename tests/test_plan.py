@@ -3,11 +3,11 @@
 import json
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
 import kernelgraft
+import tiny
 from kernelgraft import Kernel, KernelConfig, Plan
 from kernelgraft.errors import ConversionError, GraftError
 
@@ -54,7 +54,7 @@ class Half(nn.Module):
 
 
 class HalfLayout(nn.Module):
-    packing = {"weight": {"sources": "weight", "operations": [["slice", 0, 0, 2]]}}  # noqa: RUF012 - plain data
+    packing = {"weight": {"sources": "weight", "operations": [["slice", 0, 0, 2]]}}
 
     def __init__(self, in_features, out_features, bias=True):
         super().__init__()

@@ -1,6 +1,7 @@
 """Which fusions are proved, which are refused and with which words, and that the model stays as it was."""
 
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -28,6 +29,12 @@ class Mlp(nn.Module):
 
     def forward(self, hidden_states, scale=None, detour=None):
         return self.down(F.silu(self.up(hidden_states)))
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
 
 
 class Parent(nn.Module):
@@ -154,6 +161,10 @@ def parents():
         y = self.norm(x)
         return self.mlp(y) if y.sum() > 0 else -self.mlp(y)
 
+    def through_a_function(self, x):
+        y = self.norm(x)
+        return self.mlp(y) + Double.apply(y)
+
     def first_only(self, x):
         return self.norm(x)
 
@@ -187,6 +198,7 @@ def parents():
     yield residual_after_norm, f"{norm_also}add"
     yield added_as_right_operand, f"{norm_also}stack"
     yield branches_on_values, f"{norm_also}sum"
+    yield through_a_function, f"{norm_also}mul"
     yield first_only, "'mlp' does not run, while 'norm' does"
     yield through_numbers, f"{norm_also}tolist"
 
@@ -538,6 +550,26 @@ def test_a_forward_put_into_an_instance_is_followed_if_it_can_be():
     assert verdict_on(model, "norm", "mlp").sound
 
 
+def test_threads():
+    def leaky(self, x):
+        y = self.norm(x)
+        return self.mlp(y) + y
+
+    forwards = [lambda self, x: self.mlp(self.norm(x)), leaky] * 2
+    found = {}
+
+    def check(index):
+        model = with_forward(forwards[index], norm=Norm(), mlp=Mlp())
+        found[index] = [verdict_on(model, "norm", "mlp").sound for _ in range(10)]
+
+    threads = [threading.Thread(target=check, args=(index,)) for index in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {0: [True] * 10, 1: [False] * 10, 2: [True] * 10, 3: [False] * 10}
+
+
 def test_inside_inference_mode():
     model = with_forward(lambda self, x: self.mlp(self.norm(x)), norm=Norm(), mlp=Mlp())
     with torch.inference_mode():
@@ -708,7 +740,7 @@ def test_a_vision_tower_is_run_on_its_own():
 
 
 @pytest.mark.transformers
-def test_accelerate_hooks_and_kernels_marks_do_not_run():
+def test_accelerate_hooks_do_not_run():
     accelerate = pytest.importorskip("accelerate")
 
     class Loud(accelerate.hooks.ModelHook):

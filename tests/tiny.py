@@ -10,7 +10,7 @@ from kernelgraft import KernelConfig
 transformers = pytest.importorskip("transformers")
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "my-kernel"
-KERNELS = Path(__file__).parent / "kernels"
+KERNELS = Path(__file__).parent / "repositories" / "qwen3"
 
 SEQUENCE = {
     "vocab_size": 64,
@@ -96,10 +96,19 @@ def generate(model, num_tokens=6):
 
 def gradients(model, kind="qwen3"):
     """The gradients of a loss over the logits, by parameter name; the parameters' own `grad` is left as it was."""
-    out = model(**inputs(kind)).logits
     parameters = dict(model.named_parameters())
-    grads = torch.autograd.grad(out.float().pow(2).mean(), parameters.values(), allow_unused=True)
+    grads = torch.autograd.grad(loss(model, kind), parameters.values(), allow_unused=True)
     return dict(zip(parameters, grads, strict=True))
+
+
+def loss(model, kind="qwen3"):
+    return model(**inputs(kind)).logits.float().pow(2).mean()
+
+
+def switch_checkpointing(model, on, *args, **kwargs):
+    """Activation checkpointing, under the name that the installed Transformers has for it."""
+    new, old = (f"{name}_checkpointing_{'enable' if on else 'disable'}" for name in ("activation", "gradient"))
+    getattr(model, new if hasattr(model, new) else old)(*args, **kwargs)
 
 
 FUSION = (("RMSNorm", "model.layers.*.post_attention_layernorm"), ("MLP", "model.layers.*.mlp"))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -63,15 +64,20 @@ def graft(model: nn.Module, config: Any, *, example_inputs: Any = None) -> Graft
 def _blueprint(
     model: nn.Module, config: Any, example_inputs: Any, *, live: bool, device: torch.device | str | None = None
 ) -> Blueprint:
-    if graft_of(model) is not None or any(KEY in vars(module) for module in model.modules()):
-        raise PlanError(
-            "The model is grafted already, and a second graft would not see its originals. Remove the first one "
-            "(graft_of(model).remove()) and graft with one config that names all kernels."
-        )
+    _refuse_grafted(model)
     subject = subject_of(model, example_inputs, live=live)
     if device is not None:
         subject.device_of = lambda _: torch.device(device)
     return make_blueprint(subject, KernelConfig.of(config))
+
+
+def _refuse_grafted(model: nn.Module) -> None:
+    if graft_of(model) is not None or any(KEY in vars(module) for module in model.modules()):
+        raise PlanError(
+            "The model is grafted already, and a second graft would not see its originals. Remove the first one "
+            "(graft_of(model).remove()) and graft with one config that names all kernels. New weights go into a "
+            "grafted model by load_state_dict, or by graft_of(model).update."
+        )
 
 
 def subject_of(
@@ -156,6 +162,7 @@ def load(
     if not isinstance(checkpoint, Mapping):
         with Checkpoint(checkpoint_files(checkpoint)) as tensors:
             return load(model, tensors, config, device=device, example_inputs=example_inputs)
+    _refuse_grafted(model)
     check_names(model, checkpoint)
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     blueprint = None
@@ -186,5 +193,11 @@ def save_pretrained(model: nn.Module, folder: str | Path, **kwargs: Any) -> None
         return
     from safetensors.torch import save_model  # `import kernelgraft` needs torch alone
 
+    # Safetensors refuses what does not fill its storage, as a part does that lies strided in a packed parameter.
+    state = {name: value if _is_complete(value) else value.contiguous() for name, value in model.state_dict().items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_model(model, str(Path(folder) / SINGLE))
+    save_model(SimpleNamespace(state_dict=lambda: state), str(Path(folder) / SINGLE))  # type: ignore[arg-type]
+
+
+def _is_complete(tensor: torch.Tensor) -> bool:
+    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()

@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,22 +41,24 @@ class _Load:
     original: type[nn.Module] | None = None
     stack: ExitStack = field(default_factory=ExitStack)
 
-    def plan(self, model: nn.Module, *, live: bool, device_map: Mapping[str, Any] | None = None) -> Blueprint:
-        """Plan the graft of this load's model."""
+    def plan(self, model: nn.Module, *, live: bool, load_config: Any = None) -> Blueprint:
+        """Plan the graft of this load's model, which will be filled as `load_config` says if it is not `live`."""
         subject = subject_of(model, live=live, recording=self.recording)
-        if device_map:
-            subject.device_of = partial(_device_in, device_map)
+        if load_config is not None:
+            subject.dtype_of = compat.loaded_dtypes(load_config)
+            if load_config.device_map:
+                subject.device_of = partial(_device_in, load_config.device_map)
         return make_blueprint(subject, self.config, self.inherited, self.rejected)
 
 
 def from_pretrained(
-    cls: type, pretrained_model_name_or_path: str | os.PathLike[str], *model_args: Any, **kwargs: Any
+    cls: type, pretrained_model_name_or_path: str | os.PathLike[str] | None, *model_args: Any, **kwargs: Any
 ) -> Any:
     """Load a Transformers model with kernels in it.
 
     Args:
         cls: A model class of Transformers, or one of its auto classes.
-        pretrained_model_name_or_path: A Hub id or a folder.
+        pretrained_model_name_or_path: A Hub id or a folder; `None` beside a `state_dict`, as in Transformers.
         *model_args: As in Transformers.
         **kwargs: As in Transformers' `from_pretrained`, in which `use_kernels` and `kernel_config` are ours:
             `kernel_config` is a `KernelConfig` (or Transformers' own, a mapping, or the path of a TOML file), and
@@ -78,8 +79,6 @@ def from_pretrained(
     if config.inherits:
         load.inherited, load.rejected = compat.default_table()
     loading: Any = _auto_class(cls, load) if hasattr(cls, "_model_mapping") else _loading_class(cls, load)
-    if _has_adapter(pretrained_model_name_or_path):
-        loading = cls  # an adapter goes onto the original modules; what it leaves free is grafted afterwards
     with load.stack:
         found = loading.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         _finish(load, found[0] if isinstance(found, tuple) else found)
@@ -94,10 +93,6 @@ def _finish(load: _Load, model: nn.Module) -> None:
         load.graft = apply_blueprint(model, load.plan(model, live=True))
     else:
         model.__class__ = root_class(type(model))
-
-
-def _has_adapter(place: str | os.PathLike[str]) -> bool:
-    return Path(place, "adapter_config.json").exists()
 
 
 def _device_in(device_map: Mapping[str, Any], name: str) -> torch.device:
@@ -152,7 +147,7 @@ def _loading_class(cls: Any, load: _Load) -> Any:
     ) -> Any:
         if state_dict is None and _is_ours(checkpoint_files, load_config):
             model.__class__ = cls
-            load.blueprint = load.plan(model, live=False, device_map=load_config.device_map)
+            load.blueprint = load.plan(model, live=False, load_config=load_config)
             state_dict = dict(load.stack.enter_context(Checkpoint(checkpoint_files)))
             checkpoint_files = None
         return cls._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
@@ -166,6 +161,14 @@ def _loading_class(cls: Any, load: _Load) -> Any:
             load.stack.enter_context(load.graft.packed_names())
         return info
 
+    def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """An adapter goes onto the original modules; what it leaves free is grafted when it is there."""
+        if load.graft is not None:
+            load.graft.remove()
+            load.graft = None
+        self.__class__ = cls
+        return cls.load_adapter(self, *args, **kwargs)
+
     def set_use_kernels(self: Any, *_: Any, **__: Any) -> None:
         """Kernels are ours here."""
 
@@ -175,6 +178,7 @@ def _loading_class(cls: Any, load: _Load) -> Any:
         "__init__": __init__,
         "_load_pretrained_model": staticmethod(_load_pretrained_model),
         "_finalize_model_loading": staticmethod(_finalize_model_loading),
+        "load_adapter": load_adapter,
         "set_use_kernels": set_use_kernels,
     }
     loading = type(cls.__name__, (cls,), namespace)
@@ -186,6 +190,7 @@ def _is_ours(checkpoint_files: Sequence[str] | None, load_config: Any) -> bool:
     return (
         bool(checkpoint_files)
         and all(str(file).endswith(".safetensors") for file in checkpoint_files or ())
+        and not compat.reads_whole_files(load_config, checkpoint_files or ())
         and load_config.hf_quantizer is None
         and load_config.device_mesh is None
         and "disk" not in (load_config.device_map or {}).values()

@@ -240,9 +240,7 @@ def _kernel_forward(key: ClassKey) -> Callable[..., Any]:
     note_trace = _trace_counter(key)
     rebound = key.role != "host"
 
-    def run_original(self: nn.Module, site: Site, args: Any, kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
-            site.reference_calls += 1
+    def run_original(self: nn.Module, args: Any, kwargs: Any) -> Any:
         if rebound:
             return original(self, *args, **kwargs)
         slot: Any = self._kernelgraft
@@ -253,9 +251,10 @@ def _kernel_forward(key: ClassKey) -> Callable[..., Any]:
         compiling = torch.compiler.is_compiling()
         mode = (self.training, compiling)
         if site.runs_originals(self.training):
-            if not site.use_reference and site.fallback != "reference":
+            if not site.may_run_originals(self.training):
                 raise GraftError(_why_not(site, names, mode))
-            return run_original(self, site, args, kwargs)
+            _count_reference(site)
+            return run_original(self, args, kwargs)
         if site.refused:
             site.refused.discard(_thread())
         supported = supports[mode]
@@ -268,9 +267,8 @@ def _kernel_forward(key: ClassKey) -> Callable[..., Any]:
         else:
             site.kernel_calls += 1
         out = runs[mode](self, *args, **kwargs)
-        if not compiling and torch.is_grad_enabled() and _lost_gradient(self, args, kwargs, out):
-            site.declined = f"{names[mode]} gives outputs without a gradient"
-            return _run_refused(self, site, args, kwargs, site.declined, run_original)
+        if torch.is_grad_enabled() and not site.has_no_gradient and _lost_gradient(self, args, kwargs, out):
+            return _judge_gradient(self, site, args, kwargs, out, names[mode], run_original)
         return out
 
     shown: Any = key.modes[0][2].forward_class if key.modes else key.original
@@ -307,24 +305,55 @@ def _absorbed_forward(key: ClassKey) -> Callable[..., Any]:
     return forward
 
 
+def _count_reference(site: Site) -> None:
+    if not torch.compiler.is_compiling():
+        site.reference_calls += 1
+
+
 def _run_refused(
     self: nn.Module, site: Site, args: Any, kwargs: Any, why: str, run_original: Callable[..., Any]
 ) -> Any:
-    """The kernel refused this very call: the originals do the work, if that was allowed.
+    """The kernel refused this very call: the originals do the work, if that was allowed."""
+    if site.fallback != "reference":
+        raise GraftError(f"At {site.host!r}: {why}. {_FALLBACK_HINT}")
+    site.refused.add(_thread())
+    _count_reference(site)
+    return _run_originals(self, args, kwargs, run_original)
+
+
+def _run_originals(self: nn.Module, args: Any, kwargs: Any, run_original: Callable[..., Any]) -> Any:
+    """The host's original on what its predecessors' originals give.
 
     What flows into the host has passed through its absorbed slots untouched by now, so their originals run here; those
     behind the host see that the call was refused and run their own.
     """
-    if site.fallback != "reference":
-        raise GraftError(f"At {site.host!r}: {why}. {_FALLBACK_HINT}")
-    site.refused.add(_thread())
     for slot in self._kernelgraft.before:  # type: ignore[union-attr]
         if args:
             args = (slot.reference(args[0]), *args[1:])
         else:
             first = next(iter(kwargs))
             kwargs = {**kwargs, first: slot.reference(kwargs[first])}
-    return run_original(self, site, args, kwargs)
+    return run_original(self, args, kwargs)
+
+
+def _judge_gradient(
+    self: nn.Module, site: Site, args: Any, kwargs: Any, out: Any, name: str, run_original: Callable[..., Any]
+) -> Any:
+    """The kernel's output has no gradient. Whether it should, the originals' output tells."""
+    compiling = torch.compiler.is_compiling()
+    expected = _run_originals(self, args, kwargs, run_original)
+    if not _has_gradient(expected):
+        if not compiling:
+            site.has_no_gradient = True
+        return out
+    why = f"{name} gives outputs without a gradient"
+    if not compiling:
+        site.declined = why
+    if site.fallback != "reference":
+        raise GraftError(f"At {site.host!r}: {why}. {_FALLBACK_HINT}")
+    site.refused.add(_thread())
+    _count_reference(site)
+    return expected
 
 
 _FALLBACK_HINT = (
@@ -370,11 +399,13 @@ def _look(value: Any) -> Any:
 
 def _lost_gradient(self: nn.Module, args: Any, kwargs: Any, out: Any) -> bool:
     """Whether no output has a gradient although an input or a parameter asks for one."""
-    outputs = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    if not outputs or any(leaf.requires_grad for leaf in outputs):
+    if _has_gradient(out) or not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(out)):
         return False
-    inputs = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor))
-    return any(leaf.requires_grad for leaf in inputs) or any(leaf.requires_grad for leaf in self.parameters())
+    return _has_gradient((args, kwargs)) or any(parameter.requires_grad for parameter in self.parameters())
+
+
+def _has_gradient(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(value))
 
 
 def _trace_counter(key: ClassKey) -> Callable[[], bool]:

@@ -5,7 +5,7 @@ With `auto.py` the only module that imports Transformers, and it does so only in
 
 import copy
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -42,6 +42,30 @@ def tied_weights(model: nn.Module) -> Mapping[str, str]:
     """Parameters that Transformers ties when it has loaded a checkpoint: target to source."""
     found: Mapping[str, str] = getattr(model, "all_tied_weights_keys", None) or {}
     return found
+
+
+def loaded_dtypes(load_config: Any) -> Callable[[str], torch.dtype | None]:
+    """Which parameters Transformers loads in a dtype of their own (`_keep_in_fp32_modules`), by name."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    kept: dict[str, torch.dtype] = load_config.dtype_plan or {}
+    if not kept:
+        return lambda _: None
+    pattern, groups, _ = build_glob_alternation(list(kept))
+
+    def dtype_of(name: str) -> torch.dtype | None:
+        match = pattern.search(name)
+        return kept[groups[str(match.lastgroup)]] if match else None
+
+    return dtype_of
+
+
+def reads_whole_files(load_config: Any, files: Iterable[str]) -> bool:
+    """Whether files must not be mapped: the caller says so (`disable_mmap`), or Transformers does of their place."""
+    from transformers import modeling_utils
+
+    on_hf_mount = getattr(modeling_utils, "_is_on_hf_mount", lambda _: False)
+    return bool(load_config.disable_mmap) or any(on_hf_mount(file) for file in files)
 
 
 def base_prefix(model: nn.Module) -> str:

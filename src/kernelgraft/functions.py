@@ -91,15 +91,32 @@ def check_function(kernel: Kernel, original: Any, name: str) -> None:
 
 
 def with_globals(forward: Callable[..., Any], replacements: Mapping[str, Any]) -> Callable[..., Any]:
-    """A copy of an (unwrapped) forward in whose globals `replacements` stand.
+    """A copy of a forward in whose globals `replacements` stand; what it is decorated with is copied around it.
 
     `__name__` is left out of the copied globals: by it torch.compile would find, and guard on, the real module.
     """
-    original = inspect.unwrap(forward)
-    assert isinstance(original, types.FunctionType)
-    own = {name: value for name, value in original.__globals__.items() if name != "__name__"}
-    own.update(replacements)
-    copy = types.FunctionType(original.__code__, own, original.__name__, original.__defaults__, original.__closure__)
-    copy.__kwdefaults__ = original.__kwdefaults__
-    copy.__qualname__ = original.__qualname__
+    assert isinstance(forward, types.FunctionType)
+    inner = getattr(forward, "__wrapped__", None)
+    if inner is None:
+        own = {name: value for name, value in forward.__globals__.items() if name != "__name__"}
+        return _copy(forward, {**own, **replacements}, forward.__closure__)
+    cells = forward.__closure__ or ()
+    if not any(cell.cell_contents is inner for cell in cells):
+        raise PlanError(
+            f"{forward.__qualname__} is decorated by something that keeps the function out of sight, so the functions "
+            f"that it calls cannot be replaced. Leave them out of the config."
+        )
+    new = with_globals(inner, replacements)
+    closure = tuple(types.CellType(new) if cell.cell_contents is inner else cell for cell in cells)
+    copy = _copy(forward, forward.__globals__, closure)
+    copy.__dict__.update(forward.__dict__, __wrapped__=new)
+    return copy
+
+
+def _copy(
+    function: types.FunctionType, its_globals: dict[str, Any], closure: tuple[types.CellType, ...] | None
+) -> types.FunctionType:
+    copy = types.FunctionType(function.__code__, its_globals, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    copy.__qualname__ = function.__qualname__
     return copy

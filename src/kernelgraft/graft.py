@@ -7,6 +7,7 @@ nothing, and `remove()` gives back the same module objects with the current weig
 import contextlib
 import difflib
 import logging
+import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,14 +18,14 @@ from torch import nn
 
 from kernelgraft.binding import ClassKey, Rebound, bound_class, traces_of
 from kernelgraft.checkpoint.fill import materialize
-from kernelgraft.config import KernelConfig, device_type
-from kernelgraft.entry import Entry
+from kernelgraft.choosing import Asked, Runs, choose_modes, runs_of
+from kernelgraft.config import device_type
 from kernelgraft.errors import GraftError
 from kernelgraft.install import install_site, rebind_function, restore_site
 from kernelgraft.kernel import load_kernel
 from kernelgraft.plan import Plan
-from kernelgraft.planner import Blueprint, choose_modes
-from kernelgraft.slot import KEY, GraftedModule, Site, Slot
+from kernelgraft.planner import Blueprint
+from kernelgraft.slot import KEY, GraftedModule, Site, Slot, saved_tensors
 
 logger = logging.getLogger("kernelgraft")
 
@@ -54,7 +55,7 @@ class Installed:
     """One site in the model: its slots' modules by path, and what was there before."""
 
     site: Site
-    entry: Entry
+    asked: tuple[Asked, ...]
     keys: tuple[ClassKey, ...]
     modules: dict[str, nn.Module]
     device: str
@@ -68,10 +69,9 @@ class Graft:
         plan: What was done.
     """
 
-    def __init__(self, model: nn.Module, plan: Plan, config: KernelConfig) -> None:
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model = model
         self.plan = plan
-        self._config = config
         self._installed: list[Installed] = []
         self._original_class = type(model)
         self._traces_before: dict[ClassKey, int] = {}
@@ -139,27 +139,25 @@ class Graft:
 
         Empty for what the graft does not train: parameters that a layout dropped.
         """
-        found: dict[str, tuple[str, ...]] = {}
-        slots = self._slots()
-        for name, _ in self._original_parameters():
-            path, local = _split(name, slots)
-            if path is None:
-                found[name] = (name,)
-            else:
-                slot = slots[path]
-                host = slot.site.host
-                packed = slot.parts[local].packed if local in slot.parts else ()
-                found[name] = tuple(f"{host}.{each}" for each in packed)
-        return found
+        # A tied parameter stands there once, under the first of its names.
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return {
+            name: tuple(names[id(parameter)] for parameter in parameters if id(parameter) in names)
+            for name, parameters in self._parameters().items()
+        }
 
-    def _original_parameters(self) -> Iterator[tuple[str, Any]]:
+    def _parameters(self) -> dict[str, list[torch.Tensor]]:
+        """For each original parameter name, the tensors that hold its values now."""
         slots = self._slots()
+        found: dict[str, list[torch.Tensor]] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if _split(name, slots)[0] is None:
-                yield name, parameter
+                found[name] = [parameter]
         for path, slot in slots.items():
-            for name, parameter in slot.skeleton.named_parameters():
-                yield f"{path}.{name}", parameter
+            for name, parameter in slot.skeleton.named_parameters(remove_duplicate=False):
+                part = slot.parts.get(name)
+                found[f"{path}.{name}"] = [slot.packed(each) for each in part.packed] if part else [parameter]
+        return found
 
     def _slots(self) -> dict[str, Slot]:
         return {
@@ -183,14 +181,12 @@ class Graft:
         yield from self._switched("packed_names")
 
     def _switched(self, name: str) -> Iterator[None]:
-        before = [(installed.site, getattr(installed.site, name)) for installed in self._installed]
-        for site, _ in before:
-            setattr(site, name, True)
+        sites = [installed.site for installed in self._installed]
+        _switch(sites, name, 1)
         try:
             yield
         finally:
-            for site, value in before:
-                setattr(site, name, value)
+            _switch(sites, name, -1)
 
     def update(self, tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> list[str]:
         """Write new weights, given under original names, into their places; part by part if they are streamed.
@@ -206,21 +202,33 @@ class Graft:
         Raises:
             GraftError: A name is none of the model's, or a shape does not fit. What came before it has been written.
         """
+        if not self.is_applied:
+            raise GraftError("The graft was removed, so it has nothing to update. Use the model's load_state_dict.")
         items = tensors.items() if isinstance(tensors, Mapping) else tensors
         slots = self._slots()
-        plain = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
-        left = dict.fromkeys(name for name, _ in self._original_parameters())
+        named = (*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False))
+        plain = {name: tensor for name, tensor in named if _split(name, slots)[0] is None}
+        left = dict.fromkeys(self._parameters())
+        same: dict[int, list[str]] = {}
+        for name, holders in self._parameters().items():
+            for holder in holders[:1]:
+                same.setdefault(id(holder), []).append(name)
         for name, tensor in items:
             path, local = _split(name, slots)
-            if path is not None and local in slots[path].parts:
-                slots[path].parts[local].write(slots[path].packed, tensor)
-            else:
-                target = plain.get(name) if path is None else _kept(slots[path], local)
-                if target is None or target.shape != tensor.shape:
-                    raise GraftError(_no_such_name(name, tensor, target, left))
-                with torch.no_grad():
-                    target.copy_(tensor)
-            left.pop(name, None)
+            part = None if path is None else slots[path].parts.get(local)
+            target = plain.get(name) if path is None else _whole(slots[path], local)
+            known = part if target is None else target
+            if known is None or tuple(known.shape) != tuple(tensor.shape):
+                raise GraftError(_does_not_fit(name, tensor, known, left))
+            if target is None:
+                assert part is not None and path is not None
+                part.write(slots[path].packed, tensor)
+                left.pop(name, None)
+                continue
+            with torch.no_grad():
+                target.copy_(tensor)
+            for each in same.get(id(target), ()):  # tied parameters are one
+                left.pop(each, None)
         return list(left)
 
     def moved_to(self, device: torch.device) -> None:
@@ -230,37 +238,57 @@ class Graft:
             GraftError: The config has no kernel for the device, or one with another layout. Nothing has changed.
         """
         kind = device_type(device)
-        changes = [(each, self._keys_for(each, device)) for each in self._installed if each.device != kind]
-        for installed, keys in changes:
-            installed.keys, installed.device = keys, kind
+        changes = []
+        for installed in self._installed:
+            if installed.device != kind:
+                runs = _runs_on(device, installed.asked)
+                changes.append((installed, runs, [_key_for(runs, key, installed, kind) for key in installed.keys]))
+        for installed, runs, keys in changes:
+            installed.keys, installed.device = tuple(keys), kind
+            installed.site.modes, installed.site.originals = runs.modes, runs.originals
             for module, key in zip(installed.modules.values(), keys, strict=True):
                 module.__class__ = bound_class(key)
-                if key.modes:
-                    installed.site.modes = frozenset((t, c) for t, c, _ in key.modes)
-            if not any(key.modes or key.functions for key in keys):
-                installed.site.modes = frozenset()
+                self._traces_before.setdefault(key, traces_of.get(key, 0))
 
-    def _keys_for(self, installed: Installed, device: torch.device) -> tuple[ClassKey, ...]:
-        modes = choose_modes(installed.entry, device, load_kernel) or ()
-        if not modes and self._config.fallback != "reference":
+
+_switching = threading.Lock()
+
+
+def _switch(sites: Iterable[Site], name: str, by: int) -> None:
+    """Blocks nest, and those of several threads overlap: the last one that is left switches back."""
+    with _switching:
+        for site in sites:
+            site.blocks[name] += by
+            setattr(site, name, site.blocks[name] > 0)
+
+
+def _runs_on(device: torch.device, asked: Sequence[Asked]) -> Runs:
+    kernels = []
+    for each in asked:
+        modes = choose_modes(each.entry, device, load_kernel)
+        if modes == () and not each.optional:
             raise GraftError(
-                f"{installed.entry.label}: the config has no kernel for {device_type(device)!r}, where the model is "
-                f"about to go. Add one, pass KernelConfig(..., fallback='reference'), or remove the graft first."
+                f"{each.entry.label}: the config has no kernel for {device_type(device)!r}, where the model is about "
+                f"to go. Add one, pass KernelConfig(..., fallback='reference'), or remove the graft first."
             )
-        keys = []
-        for key in installed.keys:
-            if key.role == "function":
-                keys.append(replace(key, functions=tuple((name, modes) for name, _ in key.functions)))
-            elif key.modes:
-                if any(kernel.layout is not key.layout for _, _, kernel in modes):
-                    raise GraftError(
-                        f"{installed.entry.label}: its kernel for {device_type(device)!r} has another layout than the "
-                        f"one that is packed. Remove the graft, move the model, and graft it there."
-                    )
-                keys.append(replace(key, modes=modes or key.modes))
-            else:
-                keys.append(key)
-        return tuple(keys)
+        kernels.append(modes or ())
+    return runs_of(asked, kernels, device)
+
+
+def _key_for(runs: Runs, key: ClassKey, installed: Installed, device: str) -> ClassKey:
+    """The class of one slot with the kernels for another device; it keeps its own where there are none."""
+    if key.role == "function":
+        names = [name for name, _ in key.functions]
+        return replace(key, functions=tuple(zip(names, runs.kernels, strict=True)))
+    (modes,) = runs.kernels
+    if not key.modes or not modes:
+        return key
+    if any(kernel.layout is not key.layout for _, _, kernel in modes):
+        raise GraftError(
+            f"{installed.asked[0].entry.label}: its kernel for {device!r} has another layout than the one that is "
+            f"packed. Remove the graft, move the model, and graft it there."
+        )
+    return replace(key, modes=modes)
 
 
 def _split(name: str, slots: Mapping[str, Slot]) -> tuple[str | None, str]:
@@ -273,14 +301,18 @@ def _split(name: str, slots: Mapping[str, Slot]) -> tuple[str | None, str]:
     return None, name
 
 
-def _kept(slot: Slot, local: str) -> torch.Tensor | None:
-    return {**dict(slot.skeleton.named_parameters()), **dict(slot.skeleton.named_buffers())}.get(local)
+def _whole(slot: Slot, local: str) -> torch.Tensor | None:
+    """The tensor that is one of the slot's originals as a whole: packed as it is, or left in the skeleton."""
+    part = slot.parts.get(local)
+    if part is None:
+        return saved_tensors(slot.skeleton).get(local)
+    return slot.packed(part.packed[0]) if part.kind == "whole" else None
 
 
-def _no_such_name(name: str, tensor: torch.Tensor, target: torch.Tensor | None, known: Iterable[str]) -> str:
-    if target is not None:
-        return f"{name} has shape {list(target.shape)}, and the update brings {list(tensor.shape)}."
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.4)
+def _does_not_fit(name: str, tensor: torch.Tensor, known: Any, names: Iterable[str]) -> str:
+    if known is not None:
+        return f"{name} has shape {list(known.shape)}, and the update brings {list(tensor.shape)}."
+    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
     return f"{name!r} is no parameter of the model. Nearest: {', '.join(near) or 'none'}. Use the original names."
 
 
@@ -358,17 +390,18 @@ def _reduce_root(self: nn.Module, _: Any) -> Any:
 
 def apply_blueprint(model: nn.Module, blueprint: Blueprint) -> Graft:
     """Carry a blueprint out, all or nothing, and log one line about it."""
-    graft = Graft(model, blueprint.plan, blueprint.config)
+    graft = Graft(model, blueprint.plan)
+    grafted_class = root_class(type(model))
     undo: list[dict[str, nn.Module]] = []
     try:
         for prepared in blueprint.sites:
-            site, modules = install_site(model, prepared, blueprint.config.fallback)
+            site, modules = install_site(model, prepared)
             undo.append(modules)
-            graft._installed.append(Installed(site, prepared.entry, prepared.keys, modules, blueprint.plan.device))
+            graft._installed.append(Installed(site, (prepared.asked,), prepared.keys, modules, blueprint.plan.device))
         for function in blueprint.functions:
-            site, modules = rebind_function(model, function, blueprint.config.fallback)
+            site, modules = rebind_function(model, function)
             undo.append(modules)
-            graft._installed.append(Installed(site, function.entry, (function.key,), modules, blueprint.plan.device))
+            graft._installed.append(Installed(site, function.asked, (function.key,), modules, blueprint.plan.device))
     except BaseException:
         for modules in reversed(undo):
             restore_site(model, modules)
@@ -379,7 +412,7 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint) -> Graft:
     keys = dict.fromkeys(key for installed in graft._installed for key in installed.keys)
     graft._traces_before = {key: traces_of.get(key, 0) for key in keys}
     vars(model)[ROOT_KEY] = graft
-    model.__class__ = root_class(type(model))
+    model.__class__ = grafted_class
     logger.info("%s", blueprint.plan.summary())
     return graft
 

@@ -4,13 +4,15 @@ Packed parameters are filled here, straight from the originals: live tensors, or
 parameter that is packed whole is the same `Parameter` object before, during and after a graft.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from kernelgraft.binding import ClassKey, bound_class
+from kernelgraft.choosing import Asked, Runs
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.conversion.program import Part, Program
 from kernelgraft.layouts import Made, put_value
@@ -20,15 +22,14 @@ from kernelgraft.slot import HOOK_DICTS, KEY, GraftedModule, Site, Slot, add_stu
 _CHECKPOINTING = "gradient_checkpointing"
 
 
-def install_site(model: nn.Module, prepared: PreparedSite, fallback: str) -> tuple[Site, dict[str, nn.Module]]:
+def install_site(model: nn.Module, prepared: PreparedSite) -> tuple[Site, dict[str, nn.Module]]:
     """Put one site into the model.
 
     Returns:
         What its slots share, and the modules that now stand at its paths.
     """
     paths, keys = prepared.site.paths, prepared.keys
-    modes = next((key.modes for key in keys if key.modes), ())
-    site = Site(prepared.site.host, frozenset((training, compiling) for training, compiling, _ in modes), fallback)
+    site = _new_site(prepared.site.host, prepared.runs, [prepared.asked])
     if prepared.made is None:
         return _rebind(model, site, paths[0], keys[0])
     members = [model.get_submodule(path) for path in paths]
@@ -49,7 +50,7 @@ def install_site(model: nn.Module, prepared: PreparedSite, fallback: str) -> tup
     modules: dict[str, nn.Module] = {}
     slots = []
     for index, (path, member, key) in enumerate(zip(paths, members, keys, strict=True)):
-        parts = _parts_of(program, index)
+        parts = _parts_of(program, index, path)
         slot = Slot(path, site, member, layout, parts)
         slot.lost = {name: tensor_at(member, name).detach() for name, part in parts.items() if part.kind == "lost"}
         _empty(member, parts)
@@ -64,18 +65,21 @@ def install_site(model: nn.Module, prepared: PreparedSite, fallback: str) -> tup
     return site, modules
 
 
-def rebind_function(model: nn.Module, prepared: PreparedFunction, fallback: str) -> tuple[Site, dict[str, nn.Module]]:
+def rebind_function(model: nn.Module, prepared: PreparedFunction) -> tuple[Site, dict[str, nn.Module]]:
     """Let the forward of one module call function kernels."""
-    by_function = [{(t, c) for t, c, _ in modes} for _, modes in prepared.key.functions]
-    # A mode in which only some of the functions have a kernel runs those, if the others may stay what they are.
-    modes = set.union(*by_function) if fallback == "reference" else set.intersection(*by_function)
-    return _rebind(model, Site(prepared.path, frozenset(modes), fallback), prepared.path, prepared.key)
+    site = _new_site(prepared.path, prepared.runs, prepared.asked)
+    return _rebind(model, site, prepared.path, prepared.key)
+
+
+def _new_site(host: str, runs: Runs, asked: Sequence[Asked]) -> Site:
+    fallback = "reference" if all(each.optional for each in asked) else "error"
+    return Site(host, runs.modes, runs.originals, fallback)
 
 
 def _rebind(model: nn.Module, site: Site, path: str, key: ClassKey) -> tuple[Site, dict[str, nn.Module]]:
     module = model.get_submodule(path)
     vars(module)[KEY] = Slot(path, site, module, module, {})
-    module.__class__ = bound_class(key)
+    _set_class(module, bound_class(key))
     return site, {path: module}
 
 
@@ -100,10 +104,13 @@ def _stand_in(module: nn.Module, slot: Slot, key: ClassKey) -> nn.Module:
 
 
 def _switches(module: nn.Module) -> list[str]:
-    """Attributes set on the instance that shadow one of its class: `gradient_checkpointing` above all."""
+    """Attributes set on the instance that shadow one of its class: `gradient_checkpointing` above all.
+
+    A `forward` set on it is accelerate's, and moves with its hook.
+    """
     own = vars(module)
     classes = [vars(base) for base in type(module).__mro__ if base not in (nn.Module, object)]
-    plain = vars(nn.Module())
+    plain = {*vars(nn.Module()), "forward"}
     return [name for name in own if name not in plain and any(name in names for names in classes)]
 
 
@@ -115,6 +122,20 @@ def _move_hook(source: nn.Module, target: nn.Module) -> None:
 
         remove_hook_from_module(source)
         add_hook_to_module(target, hook)
+
+
+def _set_class(module: nn.Module, cls: type[nn.Module]) -> None:
+    """Give `module` another class, whose forward runs under accelerate's hook, if there is one."""
+    hook = vars(module).get("_hf_hook")
+    if hook is not None:
+        from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+        remove_hook_from_module(module)
+    # What accelerate leaves there when it takes a hook off: the forward of the class that was.
+    vars(module).pop("forward", None)
+    module.__class__ = cls
+    if hook is not None:
+        add_hook_to_module(module, hook)
 
 
 # --- parameters
@@ -147,8 +168,22 @@ def _fill(
             program.fill(target, value, originals.__getitem__)
         if isinstance(like, nn.Parameter):
             value = nn.Parameter(value, requires_grad=any(source.requires_grad for source in sources))
+            value.grad = _gradient(program, target, value, originals)
         filled[target] = value
     return filled
+
+
+def _gradient(
+    program: Program, target: str, packed: nn.Parameter, originals: Mapping[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """The gradient of a packed parameter from those that its sources have by now, if any has one."""
+    sources = {piece.source.name: originals[piece.source.name] for piece in program.pieces if piece.target.name == target}
+    grads = {name: None if isinstance(each, LazyTensor) else each.grad for name, each in sources.items()}
+    if all(grad is None for grad in grads.values()):
+        return None
+    found = torch.empty_like(packed)
+    program.fill(target, found, lambda name: torch.zeros_like(sources[name]) if grads[name] is None else grads[name])
+    return found
 
 
 def _whole(original: torch.Tensor, members: list[nn.Module], name: str) -> torch.Tensor:
@@ -179,9 +214,11 @@ def _compute(
     return {name: converted.packed[name].contiguous() for name in program.computed}
 
 
-def _parts_of(program: Program, index: int) -> dict[str, Part]:
+def _parts_of(program: Program, index: int, path: str) -> dict[str, Part]:
+    """The parts of one member by their names in it; they themselves bear the names that they have in the model."""
     prefix = f"{index}."
-    return {name[len(prefix) :]: program.part(name) for name in program.sources if name.startswith(prefix)}
+    found = {name[len(prefix) :]: program.part(name) for name in program.sources if name.startswith(prefix)}
+    return {name: replace(part, name=f"{path}.{name}") for name, part in found.items()}
 
 
 def _empty(member: nn.Module, parts: Mapping[str, Part]) -> None:
@@ -189,13 +226,11 @@ def _empty(member: nn.Module, parts: Mapping[str, Part]) -> None:
     for name, part in parts.items():
         original = tensor_at(member, name)
         nothing = torch.empty(0, dtype=original.dtype, device=original.device)
-        if part.kind == "whole":
-            put_tensor(member, name, nn.Parameter(nothing, requires_grad=False))
-        elif isinstance(original, LazyTensor) or not isinstance(original, nn.Parameter):
-            grad = isinstance(original, nn.Parameter) and original.requires_grad
-            put_tensor(member, name, nn.Parameter(nothing, requires_grad=grad) if grad else nothing)
-        else:
+        if isinstance(original, nn.Parameter) and not isinstance(original, LazyTensor) and part.kind != "whole":
             original.data, original.grad = nothing, None
+        else:
+            is_parameter = isinstance(original, nn.Parameter)
+            put_tensor(member, name, nn.Parameter(nothing, original.requires_grad) if is_parameter else nothing)
 
 
 def _put_all(layout: nn.Module, filled: Mapping[str, torch.Tensor]) -> None:
@@ -226,12 +261,12 @@ def restore_site(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
         slot: Slot = vars(module)[KEY]
         if not isinstance(module, GraftedModule):
             key: ClassKey = type(module)._kernelgraft_maker  # type: ignore[attr-defined]
-            module.__class__ = key.original
+            _set_class(module, key.original)
             del vars(module)[KEY]
             continue
         original = slot.skeleton
         _refill(slot, original)
-        for name in (*_switches_of(module, original), "_gradient_checkpointing_func"):
+        for name in (*_switches_of(module, original), "_gradient_checkpointing_func", "_is_full_backward_hook"):
             if name in vars(module):
                 vars(original)[name] = vars(module)[name]
         _move_hook(module, original)

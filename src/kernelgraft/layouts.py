@@ -14,7 +14,7 @@ from torch import nn
 
 from kernelgraft.errors import PlanError
 from kernelgraft.recording import Arguments, bind_arguments
-from kernelgraft.slot import shallow_tree, tensor_at
+from kernelgraft.slot import saved_tensors, shallow_tree, tensor_at
 
 
 @dataclass
@@ -99,7 +99,7 @@ def make_layout(layout: type[nn.Module], members: Sequence[nn.Module], arguments
     for name, tensor in (*made.named_parameters(), *made.named_buffers()):
         if id(tensor) in origin:
             kept[name] = origin[id(tensor)]
-    persistent = set(made.state_dict(keep_vars=True))
+    persistent = saved_tensors(made)
     computed = [name for name, _ in made.named_buffers() if name not in persistent and name not in kept]
     for path, module in made.named_modules():
         computed += [_join(path, name) for name, value in vars(module).items() if isinstance(value, torch.Tensor)]

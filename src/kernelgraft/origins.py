@@ -14,6 +14,7 @@ from kernelgraft.conversion.program import Program
 from kernelgraft.conversion.rules import Converted, Rules
 from kernelgraft.errors import PlanError
 from kernelgraft.layouts import Made
+from kernelgraft.slot import saved_tensors
 
 
 def argument_names(layout: type[nn.Module], count: int) -> tuple[str, ...]:
@@ -101,8 +102,14 @@ def _assign_targets(
         for spelling in _spellings(key, names):
             by_name.setdefault(spelling, key)
     wanted: dict[str, torch.Tensor] = dict(layout.named_parameters())
-    persistent = set(layout.state_dict(keep_vars=True))
+    persistent = saved_tensors(layout)
     wanted |= {name: buffer for name, buffer in layout.named_buffers() if name in persistent}
+    extra = [name for name in converted.packed if name not in wanted]
+    if extra:
+        raise PlanError(
+            f"The rules of {type(layout).__name__} make {', '.join(extra)} at {paths[host]!r}, which it does not have. "
+            f"It has: {', '.join(wanted)}."
+        )
     outputs: dict[str, torch.Tensor] = {}
     for name, target in wanted.items():
         if name in converted.packed:
@@ -123,12 +130,6 @@ def _assign_targets(
                 f"{type(layout).__name__}.{name} at {paths[host]!r} has shape {list(target.shape)}, and its rule makes "
                 f"{list(outputs[name].shape)}. Correct the rule, or the shape in the layout's __init__."
             )
-    extra = [name for name in converted.packed if name not in wanted]
-    if extra:
-        raise PlanError(
-            f"The rules of {type(layout).__name__} make {', '.join(extra)} at {paths[host]!r}, which it does not have. "
-            f"It has: {', '.join(wanted)}."
-        )
     return outputs
 
 
@@ -152,8 +153,7 @@ def originals_of(members: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
     return {
         f"{index}.{name}": tensor
         for index, member in enumerate(members)
-        for name, tensor in member.state_dict(keep_vars=True).items()
-        if isinstance(tensor, torch.Tensor)
+        for name, tensor in saved_tensors(member).items()
     }
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from kernelgraft.binding import ClassKey, Modes, bound_class, conflicting_names
-from kernelgraft.config import MISSING, Entry, KernelConfig, device_type, select
+from kernelgraft.choosing import Asked, Runs, choose_modes, runs_of
+from kernelgraft.config import Entry, KernelConfig, device_type
 from kernelgraft.conversion.rules import Rules, read_rules
 from kernelgraft.errors import KernelError, KernelGraftError, PlanError
 from kernelgraft.functions import called_functions, check_function, find_functions
@@ -33,6 +34,7 @@ from kernelgraft.origins import argument_names, full_name, names_places, origina
 from kernelgraft.plan import FunctionPlan, KernelUse, KindPlan, Plan, Rejected, SitePlan
 from kernelgraft.recording import Arguments
 from kernelgraft.refusals import (
+    check_hooks,
     check_members,
     check_one_device,
     check_recorded_outputs,
@@ -41,9 +43,6 @@ from kernelgraft.refusals import (
 )
 from kernelgraft.signature import check_attributes
 from kernelgraft.soundness import FusionSite, Run, check_soundness
-
-MODES = ((False, False), (True, False), (False, True), (True, True))
-"""`(training, compiling)`, in the order in which they are looked at."""
 
 
 @dataclass
@@ -56,6 +55,7 @@ class Subject:
         arguments: What the `__init__` of the module at a path got, if that is known.
         skeleton: The same model on the meta device, if there is one: there a forward costs nothing.
         device_of: The device on which a parameter is, or will be.
+        dtype_of: The dtype in which a parameter will be loaded, `None` for the one that it has.
         run: One forward of the model it is given, for the soundness of fusions.
         tied: Parameters that will be tied after loading: target to source.
         prefix: The `base_model_prefix`, "" if there is none.
@@ -66,6 +66,7 @@ class Subject:
     arguments: Callable[[str], Arguments | None]
     skeleton: nn.Module | None = None
     device_of: Callable[[str], torch.device] | None = None
+    dtype_of: Callable[[str], torch.dtype | None] = lambda _: None
     run: Run | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
@@ -79,11 +80,12 @@ class Subject:
 
 @dataclass
 class PreparedSite:
-    """What a graft needs to make one site: the plan's part, the layout, and the classes of its slots."""
+    """What a graft needs to make one site: the plan's part, what runs, the layout, and the classes of its slots."""
 
     site: SitePlan
     kind: KindPlan
-    entry: Entry
+    asked: Asked
+    runs: Runs
     keys: tuple[ClassKey, ...]
     made: Made | None
     rules: Rules | None
@@ -94,8 +96,9 @@ class PreparedFunction:
     """What a graft needs to rebind one module's forward to function kernels."""
 
     path: str
+    asked: tuple[Asked, ...]
+    runs: Runs
     key: ClassKey
-    entry: Entry
 
 
 @dataclass
@@ -258,6 +261,9 @@ class _Planner:
         self._leave(entry, place, reason)
         return None
 
+    def _asked(self, entry: Entry, inherited: bool) -> Asked:
+        return Asked(entry, inherited or self.config.fallback == "reference")
+
     def _leave(self, entry: Entry, place: str, reason: str) -> None:
         self.rejected.append(Rejected(entry.label, place, reason))
 
@@ -291,20 +297,24 @@ class _Planner:
         devices = {
             f"{path}.{name}": self.subject.device(f"{path}.{name}", tensor)
             for path, member in zip(claim.paths, members, strict=True)
-            for name, tensor in member.named_parameters()
+            for name, tensor in member.named_parameters(remove_duplicate=False)
         }
         check_one_device(claim.paths[0], devices)
-        modes = self._modes(entry, next(iter(devices.values()), self.device), place, want.inherited)
+        device = next(iter(devices.values()), self.device)
+        modes = self._modes(entry, device, place, want.inherited)
         if modes is None:
             return None
+        asked = self._asked(entry, want.inherited)
+        runs = runs_of([asked], [modes], device)
         layout = _one_layout(entry, modes, fused=claim.is_fusion)
         if layout is None:
-            return self._rebound(want, members[0], modes)
+            return self._rebound(want, members[0], asked, runs)
+        check_hooks(claim.paths, members)
         host = _host_index(layout, claim.paths)
         arguments = None if claim.is_fusion else self.subject.arguments(claim.paths[0])
         made = make_layout(layout, members, arguments)
         kind_index, kind, rules = self._kind(entry, modes, made, claim.paths, members, host)
-        self._check_tensors(claim.paths, members, kind, devices)
+        self._check_tensors(claim.paths, members, kind)
         keys = tuple(
             ClassKey("host", type(member), layout, modes, (), conflicting_names(made.layout, type(member)))
             if index == host
@@ -316,11 +326,11 @@ class _Planner:
         check_attributes([kernel for _, _, kernel in modes], made.layout, members[host], claim.paths[host])
         self._check_recorded(claim.paths, members, host)
         site = SitePlan(claim.paths[host], claim.paths, kind_index)
-        return PreparedSite(site, kind, entry, keys, made, rules)
+        return PreparedSite(site, kind, asked, runs, keys, made, rules)
 
-    def _rebound(self, want: _Wanted, member: nn.Module, modes: Modes) -> PreparedSite:
+    def _rebound(self, want: _Wanted, member: nn.Module, asked: Asked, runs: Runs) -> PreparedSite:
         """A stateless kernel: it runs on the original's own parameters."""
-        path = want.claim.paths[0]
+        path, (modes,) = want.claim.paths[0], runs.kernels
         key = ClassKey("rebound", type(member), None, modes)
         bound_class(key)
         check_attributes([kernel for _, _, kernel in modes], member, member, path)
@@ -329,7 +339,7 @@ class _Planner:
             plan = KindPlan(want.entry.label, (type(member).__name__,), "", _uses(modes), None)
             self.kinds[identity] = (len(self.kinds), plan, None)
         index, kind, _ = self.kinds[identity]
-        return PreparedSite(SitePlan(path, (path,), index), kind, want.entry, (key,), None, None)
+        return PreparedSite(SitePlan(path, (path,), index), kind, asked, runs, (key,), None, None)
 
     def _check_not_shared(self, paths: Sequence[str]) -> None:
         for path in paths:
@@ -356,6 +366,7 @@ class _Planner:
         )
         if identity not in self.kinds:
             program, dropped = trace_program(rules, made, paths, members, host, self.subject.model, self.subject.prefix)
+            made.values()  # what cannot be computed is refused here, and not when the graft is made
             irreversible = tuple((name, program.why(name)) for name in program.irreversible)
             plan = KindPlan(
                 target=entry.label,
@@ -369,9 +380,7 @@ class _Planner:
             self.kinds[identity] = (len(self.kinds), plan, rules)
         return self.kinds[identity]
 
-    def _check_tensors(
-        self, paths: Sequence[str], members: Sequence[nn.Module], kind: KindPlan, devices: Mapping[str, torch.device]
-    ) -> None:
+    def _check_tensors(self, paths: Sequence[str], members: Sequence[nn.Module], kind: KindPlan) -> None:
         assert kind.program is not None
         originals = originals_of(members)
         by_target: dict[str, dict[str, torch.Tensor]] = {}
@@ -379,8 +388,9 @@ class _Planner:
             sources = by_target.setdefault(piece.target.name, {})
             sources[full_name(piece.source.name, paths)] = originals[piece.source.name]
         for target, sources in by_target.items():
-            where = {name: devices.get(name, "") for name in sources}
-            check_sources_agree(paths[0], target, sources, where)
+            where = {name: self.subject.device(name, tensor) for name, tensor in sources.items()}
+            dtypes = {name: self.subject.dtype_of(name) or tensor.dtype for name, tensor in sources.items()}
+            check_sources_agree(paths[0], target, sources, dtypes, where)
         taken = {full_name(name, paths): originals[name] for name in kind.program.sources}
         moved = [full_name(name, paths) for name in kind.program.sources if kind.program.part(name).kind != "whole"]
         check_shared(paths[0], taken, moved, self.users, self.subject.tied)
@@ -424,8 +434,7 @@ class _Planner:
 
     def _functions(self, taken: set[str]) -> tuple[list[PreparedFunction], list[FunctionPlan]]:
         plans: list[FunctionPlan] = []
-        by_path: dict[str, list[tuple[str, Modes]]] = {}
-        entries: dict[str, Entry] = {}
+        by_path: dict[str, list[tuple[str, Modes, Asked]]] = {}
         for entry, inherited in self.entries:
             if entry.is_fusion:
                 continue
@@ -439,18 +448,18 @@ class _Planner:
                 if modes:
                     plans.append(FunctionPlan(entry.label, name, paths, _uses(modes)))
                     for path in paths:
-                        by_path.setdefault(path, []).append((name, modes))
-                        entries[path] = entry
-        prepared = [
-            PreparedFunction(
-                path, ClassKey("function", type(self.modules[path]), None, (), tuple(functions)), entries[path]
-            )
-            for path, functions in by_path.items()
-        ]
+                        by_path.setdefault(path, []).append((name, modes, self._asked(entry, inherited)))
+        prepared = [self._function(path, functions) for path, functions in by_path.items()]
         for function in prepared:
             check_members([function.path], [self.modules[function.path]], live=False)
             bound_class(function.key)
         return prepared, plans
+
+    def _function(self, path: str, functions: Sequence[tuple[str, Modes, Asked]]) -> PreparedFunction:
+        asked = tuple(each for _, _, each in functions)
+        runs = runs_of(asked, [modes for _, modes, _ in functions], self.device)
+        by_name = tuple((name, modes) for name, modes, _ in functions)
+        return PreparedFunction(path, asked, runs, ClassKey("function", type(self.modules[path]), None, (), by_name))
 
     def _function_modes(self, entry: Entry, inherited: bool, name: str, paths: Sequence[str]) -> Modes | None:
         try:
@@ -477,27 +486,6 @@ class _Planner:
 
 
 # --- small parts
-
-
-def choose_modes(entry: Entry, device: torch.device, load: Callable[[Any], Kernel]) -> Modes | None:
-    """The kernels that an entry runs on a device, by mode; `None` if it leaves the module alone there.
-
-    A kernel without a backward is left out of training. Where the config says nothing about torch.compile, the eager
-    mode's kernel is traced.
-    """
-    found: list[tuple[bool, bool, Kernel]] = []
-    left_alone = False
-    for training, compiling in MODES:
-        use = select(entry, device, training=training, compiling=compiling)
-        if use is MISSING and compiling:
-            use = select(entry, device, training=training)
-        if use is None:
-            left_alone = True
-        elif use is not MISSING:
-            kernel = load(use)
-            if kernel.has_backward or not training:
-                found.append((training, compiling, kernel))
-    return None if left_alone and not found else tuple(found)
 
 
 def _one_layout(entry: Entry, modes: Modes, *, fused: bool) -> type[nn.Module] | None:

@@ -220,7 +220,7 @@ class _WeakRecords:
             return None
 
     def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module in self:  # the outermost __init__ comes first
+        if module in self:
             return
         entries, key = self._entries, id(module)
 
@@ -324,30 +324,28 @@ def _listener(into: tuple[_WeakRecords, ...], before: Callable[..., Any] | None)
 
 
 def _note(frame: FrameType, into: tuple[_WeakRecords, ...]) -> None:
-    call = _call_of(frame)
+    call = _call_of(frame.f_code, frame.f_locals)
     if call is None or not issubclass(type(call[0]), nn.Module):
         return
     module = call[0]
-    if all(module in records for records in into):
+    if all(module in records for records in into):  # the outermost __init__ came first
         return
     # A wrapped __init__ starts in a frame of another name, and a block inside an __init__ starts in the middle of one.
     code = getattr(type(module).__init__, "__code__", frame.f_code)
-    outer: FrameType | None = frame
+    outer = frame.f_back if code is not frame.f_code else None
     while outer is not None:
-        if outer.f_code is code:
-            whole = _call_of(outer)
-            if whole is not None and whole[0] is module:
-                call = whole
-                break
+        whole = _call_of(code, outer.f_locals) if outer.f_code is code else None
+        if whole is not None and whole[0] is module:
+            call = whole
+            break
         outer = outer.f_back
     for records in into:
         records.add(*call)
 
 
-def _call_of(frame: FrameType) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
-    """The first argument of a frame's call, its other positional ones, and the keywords."""
-    code: CodeType = frame.f_code
-    names, variables = code.co_varnames, frame.f_locals
+def _call_of(code: CodeType, variables: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
+    """The first argument of a call, its other positional ones, and the keywords; `variables` are its frame's locals."""
+    names = code.co_varnames
     num_args, num_named = code.co_argcount, code.co_argcount + code.co_kwonlyargcount
     try:
         args = tuple(variables[name] for name in names[:num_args])
@@ -369,24 +367,27 @@ def _differences(skeleton: nn.Module, live: nn.Module) -> list[str]:
     for path in [*found, *(path for path in rebuilt if path not in found)]:
         there, here = rebuilt.get(path), found.get(path)
         if there is None or here is None:
-            differences.append(f"{path!r} is only in the {'live' if there is None else 'rebuilt'} model")
+            differences.append(_only_in(path, live=there is None))
         elif type(there) is not type(here):
-            differences.append(f"{path!r} is a {type(here).__name__}, and was rebuilt as {type(there).__name__}")
+            differences.append(f"{path!r} is of {type(here).__name__}, and was rebuilt as {type(there).__name__}")
         else:
-            shapes = _shapes(there), _shapes(here)
-            for name in sorted(set(shapes[0]) | set(shapes[1])):
-                old, new = shapes[0].get(name), shapes[1].get(name)
-                if old != new:
-                    place = f"{path}.{name}" if path else name
-                    differences.append(f"{place!r} has shape {new}, and was rebuilt as {old}")
+            old, new = _shapes(there), _shapes(here)
+            for name in sorted(old.keys() | new.keys()):
+                place = f"{path}.{name}" if path else name
+                if name not in old or name not in new:
+                    differences.append(_only_in(place, live=name not in old))
+                elif old[name] != new[name]:
+                    differences.append(f"{place!r} has shape {new[name]}, and was rebuilt as {old[name]}")
     return differences
 
 
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...] | None]:
+def _only_in(place: str, *, live: bool) -> str:
+    return f"{place!r} is only in the {'live' if live else 'rebuilt'} model"
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
     tensors: list[Mapping[str, torch.Tensor | None]] = [module._parameters, module._buffers]
-    return {
-        name: None if tensor is None else tuple(tensor.shape) for group in tensors for name, tensor in group.items()
-    }
+    return {name: tuple(each.shape) for group in tensors for name, each in group.items() if each is not None}
 
 
 # Binding

@@ -11,6 +11,7 @@ from kernelgraft.errors import PlanError
 from kernelgraft.slot import KEY
 
 _FORWARD_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_RECORDERS = "transformers.utils.output_capturing"
 _QUANTIZERS = (
     "bitsandbytes.",
     "torchao.",
@@ -20,6 +21,7 @@ _QUANTIZERS = (
     "auto_gptq.",
     "quanto.",
     "compressed_tensors.",
+    "transformers.integrations.",
 )
 _PLAIN_TENSORS = (torch.Tensor, nn.Parameter, nn.Buffer)
 
@@ -37,26 +39,49 @@ def check_members(paths: Sequence[str], members: Sequence[nn.Module], *, live: b
     """
     for path, member in zip(paths, members, strict=True):
         for inner_path, module in member.named_modules(prefix=path):
-            _check_module(inner_path, module, top=module is member, fused=len(members) > 1)
+            _check_module(inner_path, module)
             for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
                 _check_tensor(f"{inner_path}.{name}", tensor, live=live)
 
 
-def _check_module(path: str, module: nn.Module, *, top: bool, fused: bool) -> None:
+def check_hooks(paths: Sequence[str], members: Sequence[nn.Module]) -> None:
+    """Refuse hooks that would see something else, or nothing any more, once a layout stands there.
+
+    The hooks of a module that is replaced alone go on running. Those by which Transformers records outputs do nothing
+    unless they are asked, which `check_recorded_outputs` looks at.
+
+    Raises:
+        PlanError: A member of a fusion, or a module inside a member, has forward or backward hooks.
+    """
+    for path, member in zip(paths, members, strict=True):
+        for inner_path, module in member.named_modules(prefix=path):
+            if module is member and len(members) == 1:
+                continue
+            hooks = [hook for registry in _FORWARD_HOOKS for hook in (vars(module).get(registry) or {}).values()]
+            if any(getattr(hook, "__module__", None) != _RECORDERS for hook in hooks):
+                raise PlanError(
+                    f"{inner_path!r} has forward or backward hooks, which would not see what they expect: a kernel "
+                    f"takes its place. Remove the hooks before grafting, and add them to the grafted model."
+                )
+
+
+def _check_module(path: str, module: nn.Module) -> None:
     cls = type(module)
     if KEY in vars(module):
         raise PlanError(f"{path!r} is grafted already. Remove that graft first: graft_of(model).remove().")
     if isinstance(module, torch.jit.ScriptModule):
         raise PlanError(f"{path!r} is a compiled TorchScript module, whose forward is fixed. Graft before scripting.")
-    if fused and top and any(vars(module).get(hooks) for hooks in _FORWARD_HOOKS):
+    forward = vars(module).get("forward")
+    # Accelerate leaves the module's own forward there when it takes a hook off.
+    if forward is not None and "_hf_hook" not in vars(module) and getattr(forward, "__func__", None) is not cls.forward:
         raise PlanError(
-            f"{path!r} has forward or backward hooks, which would not see what they expect inside a fusion. Remove "
-            f"the hooks before grafting and add them to the grafted model."
-        )
-    if "forward" in vars(module) and "_hf_hook" not in vars(module):
-        raise PlanError(
-            f"{path!r} has a forward of its own on the instance ({vars(module)['forward']!r}), which a kernel would "
+            f"{path!r} has a forward of its own on the instance ({forward!r}), which a kernel would "
             f"replace. Undo what put it there (kernelize, a tensor-parallel plan, a patch) before grafting."
+        )
+    if _is_offloaded(module):
+        raise PlanError(
+            f"{path!r} is offloaded: accelerate brings its weights for each call. Graft before offloading, and offload "
+            f"inside `with graft.packed_names():`."
         )
     if parametrize.is_parametrized(module):
         names = ", ".join(module.parametrizations)  # type: ignore[arg-type]
@@ -74,6 +99,11 @@ def _check_module(path: str, module: nn.Module, *, top: bool, fused: bool) -> No
             f"{path!r} is quantized ({cls.__module__}.{cls.__name__}), and a kernel's layout packs plain weights. "
             f"Load the model unquantized, or leave this module out of the config."
         )
+
+
+def _is_offloaded(module: nn.Module) -> bool:
+    hook = vars(module).get("_hf_hook")
+    return any(getattr(each, "offload", False) for each in getattr(hook, "hooks", (hook,)))
 
 
 def _check_tensor(path: str, tensor: torch.Tensor, *, live: bool) -> None:
@@ -100,7 +130,11 @@ def _check_tensor(path: str, tensor: torch.Tensor, *, live: bool) -> None:
 
 
 def check_sources_agree(
-    site: str, packed: str, sources: Mapping[str, torch.Tensor], devices: Mapping[str, Any]
+    site: str,
+    packed: str,
+    sources: Mapping[str, torch.Tensor],
+    dtypes: Mapping[str, torch.dtype],
+    devices: Mapping[str, Any],
 ) -> None:
     """Refuse a packed parameter whose sources differ in dtype, device or `requires_grad`.
 
@@ -108,13 +142,14 @@ def check_sources_agree(
         site: The site's host path, for the message.
         packed: The packed parameter's name.
         sources: Its sources by their names in the model.
+        dtypes: The dtype that each source has, or will be loaded in.
         devices: Where each source is, or will be loaded to.
 
     Raises:
         PlanError: They disagree.
     """
     for what, values in (
-        ("dtype", {name: str(tensor.dtype) for name, tensor in sources.items()}),
+        ("dtype", {name: str(dtypes[name]) for name in sources}),
         ("requires_grad", {name: str(tensor.requires_grad) for name, tensor in sources.items()}),
         ("device", {name: str(devices[name]) for name in sources}),
     ):
@@ -147,7 +182,7 @@ def check_shared(
     users: Mapping[int, Sequence[str]],
     tied: Mapping[str, str],
 ) -> None:
-    """Refuse to merge or transpose a parameter that something outside the site uses too.
+    """Refuse to merge or transpose a parameter that stands in another place too.
 
     Args:
         site: The site's host path.
@@ -164,7 +199,7 @@ def check_shared(
         groups.setdefault(source, {source}).add(target)
         groups[target] = groups[source]
     for name in moved:
-        shared = {*users.get(id(taken[name]), ()), *groups.get(name, ())} - set(taken)
+        shared = {*users.get(id(taken[name]), ()), *groups.get(name, ())} - {name}
         if shared:
             raise PlanError(
                 f"{name} is shared with {', '.join(sorted(shared))} (tied weights), and the kernel at {site!r} would "
@@ -186,22 +221,29 @@ def check_recorded_outputs(model: nn.Module, absorbed: Mapping[str, nn.Module], 
         if config is None or not recorders:
             continue
         for key, specs in recorders.items():
-            if not _asks_for(config, key):
+            switch = next((name for name in _switches(key) if getattr(config, name, False)), None)
+            if switch is None:
                 continue
             for spec in specs if isinstance(specs, list) else [specs]:
-                target = getattr(spec, "target_class", spec)
                 for path, module in absorbed.items():
-                    if isinstance(target, type) and isinstance(module, target):
+                    if _records(spec, path, module):
                         raise PlanError(
                             f"The config asks for {key!r}, which {path!r} ({type(module).__name__}) gives, and the "
                             f"kernel at {site!r} takes that module over, so nothing would give it. Switch "
-                            f"{_switch(key)} off in the config, or leave this site out."
+                            f"{switch} off in the config, or leave this site out."
                         )
 
 
-def _switch(key: str) -> str:
-    return f"output_{key}"
+def _switches(key: str) -> tuple[str, ...]:
+    """The attributes of a config that ask for an output; those for attentions ask for all kinds of them."""
+    return (f"output_{key}", "output_attentions") if key.endswith("attentions") else (f"output_{key}",)
 
 
-def _asks_for(config: Any, key: str) -> bool:
-    return bool(getattr(config, _switch(key), False))
+def _records(spec: Any, path: str, module: nn.Module) -> bool:
+    """Whether a recorder takes an output from a module: by its class or the end of its path, and a part of its path."""
+    target = getattr(spec, "target_class", spec)
+    ending = spec if isinstance(spec, str) else getattr(spec, "class_name", None)
+    within = getattr(spec, "layer_name", None)
+    fits = isinstance(target, type) and isinstance(module, target)
+    fits = fits or (ending is not None and f".{path}".endswith(ending))
+    return fits and (within is None or f".{within.strip('.')}." in f".{path}.")

@@ -44,12 +44,14 @@ def renamed_keywords(kernel: type, original: type[nn.Module]) -> dict[str, str]:
         if name in their_names:
             continue
         alias = next((theirs for theirs in _aliases(name) if theirs in their_names), None)
-        if alias is None and index < len(their_names) and their_names[index] not in our_names:
+        is_needed = parameter.default is parameter.empty
+        # By its place only what the kernel cannot do without: an option of its own must not get something else.
+        if alias is None and is_needed and index < len(their_names) and their_names[index] not in our_names:
             other = their_names[index]
             alias = other if not any(a in our_names for a in _aliases(other)) else None
         if alias is not None:
             renames[alias] = name
-        elif parameter.default is parameter.empty:
+        elif is_needed:
             raise _signature_error(kernel, original, f"the kernel needs {name!r}, which the original does not take")
     lost = [name for name in their_names if name not in our_names and name not in renames]
     takes_more = any(p.kind is p.VAR_KEYWORD for p in ours)

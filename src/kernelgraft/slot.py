@@ -7,12 +7,13 @@ answers for its own path, through the original's own code run on a shallow tree 
 
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.dlpack import from_dlpack
 
 from kernelgraft.errors import GraftError
@@ -46,10 +47,13 @@ class Site:
 
     Attributes:
         host: Path of the module that runs the kernel.
-        modes: The pairs `(training, compiling)` for which there is a kernel.
+        modes: The pairs `(training, compiling)` in which the kernel runs.
+        originals: Those in which the originals run instead, as the config says or allows.
         fallback: "reference" if the original forward may run where the kernel cannot, else "error".
         use_reference: Whether the originals run instead of the kernel; set by `Graft.reference`.
         packed_names: Whether state dicts use packed names; set by `Graft.packed_names`.
+        blocks: How many blocks of `Graft.reference` and `Graft.packed_names` are entered and not yet left.
+        has_no_gradient: Whether the originals' output is known to have none either.
         declined: Why the kernel must not run where gradients are asked for (it lost one), or "".
         refused: Threads in which the kernel refused the call that is under way (0 stands for a trace).
         accepted: What the call that `supports` accepted last looked like.
@@ -57,12 +61,21 @@ class Site:
         reference_calls: Eager calls in which the host's original forward ran.
     """
 
-    def __init__(self, host: str, modes: frozenset[tuple[bool, bool]], fallback: str) -> None:
+    def __init__(
+        self,
+        host: str,
+        modes: frozenset[tuple[bool, bool]],
+        originals: frozenset[tuple[bool, bool]],
+        fallback: str,
+    ) -> None:
         self.host = host
         self.modes = modes
+        self.originals = originals
         self.fallback = fallback
         self.use_reference = False
         self.packed_names = False
+        self.blocks = {"use_reference": 0, "packed_names": 0}
+        self.has_no_gradient = False
         self.declined = ""
         self.refused: set[int] = set()
         self.accepted: object = None
@@ -74,6 +87,11 @@ class Site:
         if self.use_reference or (training, torch.compiler.is_compiling()) not in self.modes:
             return True
         return bool(self.declined) and torch.is_grad_enabled()
+
+    def may_run_originals(self, training: bool) -> bool:
+        """Whether that is what was asked for or allowed, and no error."""
+        wanted = self.use_reference or (training, torch.compiler.is_compiling()) in self.originals
+        return wanted or self.fallback == "reference"
 
 
 class Slot:
@@ -145,19 +163,7 @@ class GraftedModule(nn.Module):
         slot: Slot = self.__dict__[KEY]
         if slot.site.packed_names:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        if destination is None and not args:
-            destination = OrderedDict()
-            destination._metadata = OrderedDict()
-        out = slot.tree().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
-        if keep_vars:
-            return out
-        for name, part in slot.parts.items():
-            tensor = out.get(prefix + name)
-            if part.kind == "view" and type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda"):
-                # The same memory under a storage of its own: savers that look at storages take parts that share one
-                # for tied weights and drop all but one of them.
-                out[prefix + name] = from_dlpack(tensor)
-        return out
+        return _original_state(slot, "", *args, destination=destination, prefix=prefix, keep_vars=keep_vars)
 
     def _load_from_state_dict(
         self,
@@ -253,15 +259,73 @@ class AbsorbedSubmodule(nn.Module):
             raise AttributeError(name)
         return getattr(slot.tree().get_submodule(self.__dict__["_path"]), name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        slot: Slot | None = self.__dict__.get(KEY)
+        if slot is not None and isinstance(value, torch.Tensor | nn.Module):
+            raise GraftError(
+                f"{name!r} of {slot.path}.{self.__dict__['_path']} cannot be set to a {type(value).__name__}: its "
+                f"weights are packed for the kernel at {slot.site.host!r}. Copy into them under torch.no_grad(), use "
+                f"load_state_dict, or remove the graft first."
+            )
+        super().__setattr__(name, value)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Runs the original submodule on views of the packed parameters."""
         slot: Slot = self.__dict__[KEY]
         return slot.tree().get_submodule(self.__dict__["_path"])(*args, **kwargs)
 
+    def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
+        """As the original submodule's. Asked from above, the slot answers for all that it took over."""
+        slot: Slot = self.__dict__[KEY]
+        if slot.site.packed_names:
+            return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+        path = self.__dict__["_path"]
+        return _original_state(slot, path, *args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As the original submodule's. Loaded from above, the slot loads all that it took over."""
+        slot: Slot = self.__dict__[KEY]
+        if slot.site.packed_names:
+            return super().load_state_dict(state_dict, strict, assign)
+        path: str = self.__dict__["_path"]
+        errors: list[str] = []
+        _refuse_distributed(slot, {f"{path}.{name}": value for name, value in state_dict.items()}, "", errors)
+        if not errors:
+            tree, before = _loadable_tree(slot)
+            try:
+                found = tree.get_submodule(path).load_state_dict(state_dict, strict, assign)
+            finally:
+                _take_over(slot, tree, before, "", errors)
+        if errors:
+            raise GraftError("; ".join(errors))
+        return found
+
     def extra_repr(self) -> str:
         """Says who has the weights."""
         slot: Slot = self.__dict__[KEY]
         return f"absorbed by {slot.site.host}"
+
+
+def _original_state(
+    slot: Slot, path: str, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False
+) -> Any:
+    """The original's `state_dict()`, or that of a submodule of it, with live views of the packed parameters."""
+    if destination is None and not args:
+        destination = OrderedDict()
+        destination._metadata = OrderedDict()
+    module = slot.tree().get_submodule(path)
+    out = module.state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
+    at = f"{path}." if path else ""
+    for name, part in () if keep_vars else slot.parts.items():
+        if not name.startswith(at):
+            continue
+        key = prefix + name.removeprefix(at)
+        tensor = out.get(key)
+        if part.kind == "view" and type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda"):
+            # The same memory under a storage of its own: savers that look at storages take parts that share one for
+            # tied weights and drop all but one of them.
+            out[key] = from_dlpack(tensor)
+    return out
 
 
 def add_stubs(module: nn.Module, slot: Slot) -> None:
@@ -290,53 +354,100 @@ def _load_slot(
 ) -> None:
     """Load a slot's own keys with the original's code, whose messages and strictness are so the original's."""
     refused = _refuse_distributed(slot, state_dict, prefix, error_msgs)
-    with torch.no_grad():
-        tree = slot.tree()
-    before = {name: tensor_at(tree, name) for name in slot.parts}
-    for path, module in tree.named_modules(remove_duplicate=False):
-        at = prefix + path + "." if path else prefix
-        own = {key: value for key, value in state_dict.items() if key.startswith(at)}
+    tree, before = _loadable_tree(slot)
+
+    def load(module: nn.Module, own: dict[str, Any], at: str) -> None:
         metadata = dict(local_metadata)
-        if "version" in metadata and path:
+        if "version" in metadata and module is not tree:
             # Torch does not hand a module its children's versions: a checkpoint that has ours is taken as current.
             metadata["version"] = module._version
         module._load_from_state_dict(own, at, metadata, True, missing_keys, unexpected_keys, error_msgs)
-    if refused:
-        return
+        for name, child in module._modules.items():
+            if child is not None:
+                below = f"{at}{name}."
+                load(child, {key: value for key, value in own.items() if key.startswith(below)}, below)
+        for hook in () if module is tree else module._load_state_dict_post_hooks.values():
+            hook(module, _IncompatibleKeys(missing_keys, unexpected_keys))
+
+    load(tree, state_dict, prefix)
+    if not refused:
+        _take_over(slot, tree, before, prefix, error_msgs)
+
+
+def _take_over(slot: Slot, tree: nn.Module, before: "_Before", prefix: str, error_msgs: list[str]) -> None:
+    """Let the packed parameters have what was loaded into `tree`, where that was not done in place."""
+    assigned: dict[str, torch.Tensor] = {}
     for name, part in slot.parts.items():
         loaded = tensor_at(tree, name)
-        if loaded is not before[name]:
-            _assign_part(slot, name, loaded)
-        elif part.kind == "assembled" and prefix + name in state_dict:
+        if part.kind == "whole":
+            put_tensor(slot.layout, part.packed[0], loaded)
+        elif loaded is not before[name][0] or _memory(loaded) != before[name][1]:
+            assigned[name] = loaded.detach()
+        elif part.kind == "assembled":
             part.write(slot.packed, loaded)
+    _assign_parts(slot, assigned, prefix, error_msgs)
     _keep_assigned(slot, tree)
 
 
-def _assign_part(slot: Slot, name: str, loaded: torch.Tensor) -> None:
-    """`assign=True`: a whole parameter is assigned; a merged one is re-made once and filled part by part."""
-    part = slot.parts[name]
-    if part.kind == "whole":
-        put_tensor(slot.layout, part.packed[0], loaded)
-        return
-    for packed_name in part.packed:
+def _loadable_tree(slot: Slot) -> tuple[nn.Module, "_Before"]:
+    """The slot's tree with parameters where the original has them: torch assigns nothing else in their place.
+
+    Beside it, where each of these lies, to tell later which ones were assigned.
+    """
+    with torch.no_grad():
+        tree = slot.tree()
+        for name in slot.parts:
+            tensor = tensor_at(tree, name)
+            if isinstance(tensor_at(slot.skeleton, name), nn.Parameter) and not isinstance(tensor, nn.Parameter):
+                packed = (slot.packed(each) for each in slot.parts[name].packed)
+                put_tensor(tree, name, nn.Parameter(tensor, any(each.requires_grad for each in packed)))
+    tensors = {name: tensor_at(tree, name) for name in slot.parts}
+    return tree, {name: (tensor, _memory(tensor)) for name, tensor in tensors.items()}
+
+
+_Before = Mapping[str, tuple[torch.Tensor, object]]
+
+
+def _memory(tensor: torch.Tensor) -> object:
+    return tensor.dtype, tensor.device, tensor.untyped_storage()._cdata
+
+
+def _assign_parts(slot: Slot, assigned: Mapping[str, torch.Tensor], prefix: str, error_msgs: list[str]) -> None:
+    """`assign=True` of parts: in place, or into a packed parameter made anew if all of it comes in another dtype."""
+    kinds: dict[str, set[tuple[torch.dtype, torch.device]]] = {}
+    covered: dict[str, int] = {}
+    for name, loaded in assigned.items():
+        for reading in slot.parts[name].readings:
+            kinds.setdefault(reading.packed, set()).add((loaded.dtype, loaded.device))
+            covered[reading.packed] = covered.get(reading.packed, 0) + reading.numel(slot.packed)
+    for packed_name, (kind, *others) in kinds.items():
         packed = slot.packed(packed_name)
-        if (packed.dtype, packed.device) != (loaded.dtype, loaded.device):
-            made = torch.empty_like(packed, dtype=loaded.dtype, device=loaded.device)
-            if not packed.is_meta:
-                made.copy_(packed.detach())
-            put_tensor(slot.layout, packed_name, nn.Parameter(made, requires_grad=packed.requires_grad))
-    part.write(slot.packed, loaded.detach())
+        if not others and kind != (packed.dtype, packed.device) and covered[packed_name] == packed.numel():
+            made: torch.Tensor = torch.empty_like(packed, dtype=kind[0], device=kind[1])
+            if isinstance(packed, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=packed.requires_grad)
+            put_tensor(slot.layout, packed_name, made)
+    for name, loaded in assigned.items():
+        part = slot.parts[name]
+        packed = slot.packed(part.packed[0])
+        if any((loaded.dtype, loaded.device) != (each.dtype, each.device) for each in map(slot.packed, part.packed)):
+            error_msgs.append(
+                f"{prefix}{name} comes as {loaded.dtype} on {loaded.device}, and it is part of "
+                f"{', '.join(part.packed)}, which a kernel packs as {packed.dtype} on {packed.device}. Assign all that "
+                f"is packed there in one dtype and on one device, or load without assign=True."
+            )
+        else:
+            part.write(slot.packed, loaded)
 
 
 def _keep_assigned(slot: Slot, tree: nn.Module) -> None:
     """What the load put into the shallow tree outside the packed parameters belongs to the skeleton."""
     for path, module in tree.named_modules(remove_duplicate=False):
         kept = slot.skeleton.get_submodule(path)
-        for name, value in module._buffers.items():
-            kept._buffers[name] = value
-        for name, parameter in module._parameters.items():
-            if (f"{path}.{name}" if path else name) not in slot.parts:
-                kept._parameters[name] = parameter
+        for registry, own in ((module._buffers, kept._buffers), (module._parameters, kept._parameters)):
+            for name, tensor in registry.items():
+                if (f"{path}.{name}" if path else name) not in slot.parts:
+                    own[name] = tensor
 
 
 def _refuse_distributed(slot: Slot, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:
@@ -377,14 +488,14 @@ def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     registry[last] = tensor
 
 
-def has_tensor(module: nn.Module, name: str) -> bool:
-    """Whether `module` has a parameter or buffer called `name`."""
-    return any(True for found, _ in _named_tensors(module) if found == name)
-
-
-def _named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from module.named_parameters(remove_duplicate=False)
-    yield from module.named_buffers(remove_duplicate=False)
+def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers under the names of `state_dict()`, whose hooks are not run."""
+    found: dict[str, torch.Tensor] = {}
+    for path, each in module.named_modules(remove_duplicate=False):
+        prefix = f"{path}." if path else ""
+        saved = {k: v for k, v in each._buffers.items() if k not in each._non_persistent_buffers_set}
+        found |= {prefix + k: v for k, v in (*each._parameters.items(), *saved.items()) if v is not None}
+    return found
 
 
 def shallow_tree(module: nn.Module) -> nn.Module:

@@ -174,7 +174,8 @@ def _inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor] |
         return default
 
     def tokens() -> torch.Tensor:
-        return torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device=device)
+        not_padding = 1 if getattr(config, "pad_token_id", None) == 0 else 0
+        return torch.full((1, _NUM_TOKENS), not_padding, dtype=torch.int64, device=device)
 
     def pixels() -> torch.Tensor:
         size = of("image_size", default=224)
@@ -493,7 +494,7 @@ def _attempt(
     return {site: verdict for site, verdict in verdicts.items() if verdict is not None}, failure
 
 
-_stance = threading.RLock()
+_of_the_process = threading.RLock()
 
 
 @contextmanager
@@ -501,6 +502,9 @@ def _isolated(model: nn.Module) -> Iterator[None]:
     """No gradients, nothing compiled, and every random state as it was."""
     numpy_random = sys.modules.get("numpy.random")
     with ExitStack() as stack:
+        # Random states and the stance belong to the process: two threads must not cross, or one puts back what the
+        # other set.
+        stack.enter_context(_of_the_process)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         devices = {each.device for each in model.parameters() if each.device.type not in ("cpu", "meta")}
@@ -511,9 +515,7 @@ def _isolated(model: nn.Module) -> Iterator[None]:
         if numpy_random is not None:
             stack.callback(numpy_random.set_state, numpy_random.get_state())
         if "torch._dynamo" in sys.modules:
-            # A compiled function inside the model would trace the witnesses. The stance belongs to the process, so two
-            # threads that set it must not cross, or one puts back what the other set.
-            stack.enter_context(_stance)
+            # A compiled function inside the model would trace the witnesses.
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         yield
 

@@ -10,9 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
 
 KEPT = {"o_proj.weight": "o_proj.weight", "o_proj.bias": "o_proj.bias"}
-MERGED = {
-    f"qkv_proj.{name}": [f"q_proj.{name}", f"k_proj.{name}", f"v_proj.{name}"] for name in ("weight", "bias")
-}
+MERGED = {f"qkv_proj.{name}": [f"q_proj.{name}", f"k_proj.{name}", f"v_proj.{name}"] for name in ("weight", "bias")}
 
 
 class MergedAttentionLayout(nn.Module):

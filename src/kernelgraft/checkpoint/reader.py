@@ -118,27 +118,29 @@ def checkpoint_files(place: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint: a file, an index of shards, or a folder that has either.
 
     Raises:
-        CheckpointError: There is none, or the index names a file that is not there.
+        CheckpointError: There is none, there are several without an index, or an index names a file that is not there.
     """
     path = Path(place)
     if path.is_dir():
-        candidates = [path / INDEX, path / SINGLE, *sorted(path.glob("*.safetensors"))]
-        found = next((each for each in candidates if each.exists()), None)
-        if found is None:
+        loose = sorted(path.glob("*.safetensors"))
+        named = [each for each in (path / INDEX, path / SINGLE) if each.exists()]
+        if not named and len(loose) != 1:
             raise CheckpointError(
-                f"{path} has no safetensors checkpoint. It has: {', '.join(sorted(p.name for p in path.iterdir()))}. "
-                f"Give a folder with {SINGLE} or {INDEX}, or a .safetensors file."
+                f"{path} has {'several files' if loose else 'no safetensors checkpoint'} and no {INDEX}. It has: "
+                f"{', '.join(sorted(p.name for p in path.iterdir()))}. Give a folder with {SINGLE} or {INDEX}, or a "
+                f".safetensors file."
             )
-        return checkpoint_files(found)
+        return checkpoint_files((named or loose)[0])
     if not path.exists():
         raise CheckpointError(f"{path} does not exist. Give a .safetensors file, its index, or a folder with them.")
     if path.suffix != ".json":
         return [path]
     try:
         names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        files = [path.parent / name for name in names]
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} is no index of a sharded checkpoint: {error!r}.") from error
-    missing = [name for name in names if not (path.parent / name).exists()]
+    missing = [file.name for file in files if not file.exists()]
     if missing:
         raise CheckpointError(f"{path} names files that are not there: {', '.join(missing)}.")
-    return [path.parent / name for name in names]
+    return files

@@ -172,14 +172,13 @@ class RuleObjects(Rules):
         """See `Rules.run`; a pattern may match nothing, so that `packed_names` plays no part."""
         del packed_names
         names = {key: _full_name(key, paths) for key in originals}
+        runs: list[tuple[_Run, str]] = []
         for added, removed in _prefixes(prefix, names.values()):
             seen = {key: added + name.removeprefix(removed) for key, name in names.items()}
             run = _Run(self._rules(), originals, seen)
-            if run.matched:
-                break
-        else:
-            return Converted(untouched=dict(originals), unmatched=tuple(range(len(self.specs))))
-        seen_host = added + (f"{host}.".removeprefix(removed) if host else "")
+            runs.append((run, added + (f"{host}.".removeprefix(removed) if host else "")))
+        # A rule over an ending matches with and without the prefix, one over a whole path in one of the two only.
+        run, seen_host = max(runs, key=lambda each: len(each[0].matched))
         return run.result(seen_host, model, config)
 
     def _rules(self) -> list[Rule]:

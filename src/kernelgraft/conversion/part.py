@@ -72,6 +72,10 @@ class Reading:
         """The piece, in its shape in the whole."""
         return apply(self.finish, apply(self.steps, get(self.packed)))
 
+    def numel(self, get: Get) -> int:
+        """How many elements it has."""
+        return apply(self.steps, get(self.packed)).numel()
+
     def describe(self) -> str:
         """The piece as one would write it."""
         return self.packed + describe(self.steps + self.finish)

@@ -49,7 +49,9 @@ class NewerAttention(nn.Module):
 class OtherOrderAttention(nn.Module):
     """Names what the original names, in another order."""
 
-    def forward(self, past_key_values=None, attention_mask=None, position_embeddings=None, hidden_states=None, **kwargs):
+    def forward(
+        self, past_key_values=None, attention_mask=None, position_embeddings=None, hidden_states=None, **kwargs
+    ):
         return attend(self, hidden_states, position_embeddings, attention_mask, past_key_values, **kwargs)
 
 

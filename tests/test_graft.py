@@ -1,0 +1,351 @@
+"""A graft applied, asked, switched and removed: the model afterwards is the one that it was."""
+
+import logging
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import kernelgraft
+import twins
+import zoo
+from kernelgraft import KernelConfig, graft_of
+from kernelgraft.errors import ConversionError, GraftError, PlanError
+from twins import KINDS, assert_same_state, identities, pair, run
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_removed_it_leaves_the_very_same_model(kind):
+    twin, model = twins.untouched(kind), twins.untouched(kind)
+    before = identities(model)
+    graft = twins.graft(kind, model)
+    assert identities(model) != before
+    assert (graft_of(model), graft.is_applied) == (graft, True)
+    graft.remove()
+    assert identities(model) == before
+    assert (graft_of(model), graft.is_applied) == (None, False)
+    assert vars(model).keys() == vars(twin).keys()
+    for path, module in twin.named_modules():
+        assert vars(model.get_submodule(path)).keys() == vars(module).keys()
+    assert_same_state(model.state_dict(), twin.state_dict())
+    assert torch.equal(run(kind, model), run(kind, twin))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_removed_it_leaves_the_weights_of_now(kind):
+    twin, model, graft = pair(kind)
+    for index, (name, tensor) in enumerate(twins.untouched(kind, seed=1).state_dict().items()):
+        graft.update({name: tensor}) if index % 2 else model.load_state_dict({name: tensor}, strict=False)
+    twin.load_state_dict(twins.untouched(kind, seed=1).state_dict())
+    graft.remove()
+    assert_same_state(model.state_dict(), twin.state_dict())
+    assert all(p.is_contiguous() for p in model.parameters())
+    assert torch.equal(run(kind, model), run(kind, twin))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_come_along_in_both_directions(kind):
+    twin, model = twins.untouched(kind), twins.untouched(kind)
+    with torch.no_grad():
+        model.load_state_dict(twin.state_dict())
+    graft = None
+    for step in range(3):
+        if step == 1:
+            graft = twins.graft(kind, model)
+        elif graft is not None:
+            graft.remove()
+        for each in (twin, model):
+            run(kind, each).pow(2).mean().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    expected = {name: parameter.grad for name, parameter in twin.named_parameters()}
+    torch.testing.assert_close(found, expected)
+    assert [name for name, grad in found.items() if grad is None] == (["legacy.bias"] if kind == "zoo" else [])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_as_a_context_manager_also_after_an_exception(kind):
+    model = twins.untouched(kind)
+    before = identities(model)
+    with twins.graft(kind, model) as graft:
+        assert graft_of(model) is graft
+    assert identities(model) == before
+    with pytest.raises(ZeroDivisionError), twins.graft(kind, model):
+        raise ZeroDivisionError
+    assert identities(model) == before
+
+
+def test_removed_twice_and_grafted_again():
+    twin, model, graft = pair("zoo")
+    graft.remove()
+    graft.remove()
+    with zoo.graft(model) as second:
+        graft.remove()  # the first one is gone, and has no say over the second
+        assert (graft_of(model), second.is_applied, graft.is_applied) == (second, True, False)
+        assert_same_state(model.state_dict(), twin.state_dict())
+        assert "removed" in repr(graft)
+        assert "removed" not in repr(second)
+    assert torch.equal(run("zoo", model), run("zoo", twin))
+
+
+def test_a_second_graft_is_refused():
+    twin, model, graft = pair("zoo")
+    outer = nn.Sequential(model)
+    for again in (model, outer, model.blocks):
+        with pytest.raises(PlanError, match=r"grafted already.*remove"):
+            kernelgraft.graft(again, {"Norm": zoo.FastNorm})
+    assert graft.is_applied
+    assert_same_state(model.state_dict(), twin.state_dict())
+
+
+def test_what_was_replaced_behind_its_back_must_be_undone_first():
+    twin, model, graft = pair("zoo")
+    slot = model.mix
+    model.mix = nn.Identity()
+    with pytest.raises(GraftError, match="'mix' no longer holds what the graft put there but a Identity"):
+        graft.remove()
+    assert graft.is_applied
+    model.mix = slot
+    graft.remove()
+    assert_same_state(model.state_dict(), twin.state_dict())
+
+
+def test_training_flags_come_along():
+    twin, model, graft = pair("zoo")
+    for each in (twin, model):
+        each.eval()
+        each.mix.train()
+        each.blocks[1].train()
+    graft.remove()
+    flags = [{path: module.training for path, module in each.named_modules()} for each in (model, twin)]
+    assert flags[0] == flags[1]
+
+
+def test_hooks_made_before_and_during_a_graft_stay():
+    model = zoo.model()
+    seen = []
+    before = model.norm.register_forward_hook(lambda *_: seen.append("before"))
+    graft = zoo.graft(model)
+    during = model.norm.register_forward_pre_hook(lambda *_: seen.append("during"))
+    full = model.norm.register_full_backward_hook(lambda *_: seen.append("backward"))
+    for _ in range(2):
+        seen.clear()
+        run("zoo", model).sum().backward()
+        assert seen == ["during", "before", "backward"]
+        graft.remove()
+    for handle in (before, during, full):
+        handle.remove()
+    seen.clear()
+    run("zoo", model).sum().backward()
+    assert seen == []
+    assert not model.norm._forward_hooks
+
+
+# --- rules without an inverse
+
+
+def lossy():
+    twin, model = zoo.model(), zoo.model()
+    graft = kernelgraft.graft(model, {"Legacy": zoo.NarrowedLegacy, "Norm": zoo.FastNorm})
+    return twin, model, graft
+
+
+def test_a_rule_without_inverse_is_in_the_plan_runs_and_fails_only_when_originals_are_asked_for():
+    twin, model, graft = lossy()
+    assert "a cast on the way narrows its values" in str(graft.plan)
+    torch.testing.assert_close(model(zoo.inputs()), twin(zoo.inputs()), rtol=0.1, atol=0.1)
+    model.train(), model.half(), model.float()
+    asked = {
+        "state_dict": model.state_dict,
+        "load_state_dict": lambda: model.load_state_dict(twin.state_dict()),
+        "update": lambda: graft.update(twin.state_dict()),
+        "reading": lambda: model.legacy.weight,
+    }
+    for ask in asked.values():
+        with pytest.raises(ConversionError, match=r"legacy\.weight.*a cast on the way narrows"):
+            ask()
+    with graft.reference(), pytest.raises(ConversionError, match=r"legacy\.weight"):
+        model(zoo.inputs())
+    with pytest.raises(GraftError, match=r"cannot be removed: legacy\.weight .*no inverse.*Load the model again"):
+        graft.remove()
+    assert graft.is_applied
+    with graft.packed_names():
+        assert model.state_dict()["legacy.matrix"].dtype == torch.float32
+
+
+# --- switches
+
+
+def test_use_kernels():
+    for switch_off in (
+        lambda model: setattr(model, "use_kernels", False),
+        lambda model: model.set_use_kernels(False),
+    ):
+        twin, model, graft = pair("zoo")
+        assert model.use_kernels is True
+        model.use_kernels = True
+        model.set_use_kernels(True)
+        with pytest.raises(GraftError, match="grafted already"):
+            model.set_use_kernels(True, kernel_config=zoo.config())
+        assert graft.is_applied
+        switch_off(model)
+        assert not graft.is_applied
+        assert type(model) is zoo.Zoo
+        assert torch.equal(run("zoo", model), run("zoo", twin))
+
+
+@pytest.mark.transformers
+def test_use_kernels_of_a_transformers_model():
+    twin, model, graft = pair("qwen3")
+    assert model.use_kernels is True
+    model.train().eval()
+    assert "_use_kernels" not in vars(model)
+    model.use_kernels = False
+    assert not graft.is_applied
+    assert model.use_kernels is twin.use_kernels is False
+    assert type(model) is type(twin)
+    with twins.graft("qwen3", model):
+        assert isinstance(model, type(twin))
+        assert type(model).__qualname__ == type(twin).__qualname__
+
+
+def test_graft_of_a_compiled_model():
+    _, model, graft = pair("zoo")
+    compiled = torch.compile(model, backend="eager")
+    assert graft_of(compiled) is graft
+    assert graft_of(torch.compile(zoo.model(), backend="eager")) is None
+    compiled.use_kernels = False
+    assert graft_of(model) is None
+
+
+# --- counts
+
+
+def test_calls_tell_what_ran():
+    _, model, graft = pair("zoo")
+    hosts = {site.host for site in graft.plan.sites}
+    assert graft.calls.kernel == graft.calls.reference == graft.calls.traced == 0
+    for _ in range(2):
+        run("zoo", model)
+    with graft.reference():
+        run("zoo", model)
+    model.norm(torch.ones(1, zoo.H))
+    calls = graft.calls
+    assert calls.sites == {host: (2 + (host == "norm"), 1) for host in hosts}
+    assert (calls.kernel, calls.reference, calls.traced) == (2 * len(hosts) + 1, len(hosts), 0)
+    graft.remove()
+    run("zoo", model)
+    assert graft.calls.kernel == 0
+
+
+def test_a_graft_logs_one_line(caplog):
+    with caplog.at_level(logging.INFO, "kernelgraft"):
+        graft = zoo.graft(zoo.model())
+        graft.remove()
+    assert [record.getMessage() for record in caplog.records] == [graft.plan.summary()]
+
+
+# --- the reference forward
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("training", [False, True])
+def test_reference_forward_and_its_gradients(kind, training):
+    twin, model, graft = pair(kind)
+    twin.train(training), model.train(training)
+    with graft.reference():
+        found, expected = run(kind, model), run(kind, twin)
+        found.pow(2).mean().backward(), expected.pow(2).mean().backward()
+    assert (graft.calls.kernel, graft.calls.reference) == (0, len(graft.plan.sites))
+    graft.remove()
+    grads = [{name: p.grad for name, p in each.named_parameters() if p.grad is not None} for each in (model, twin)]
+    if kind == "zoo":  # a product with a transposed weight is another routine's, which may round otherwise
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(*grads)
+        torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()))
+    else:
+        assert torch.equal(found, expected)
+        twins.assert_same_tensors(*grads)
+        assert_same_state(model.state_dict(), twin.state_dict())
+
+
+def test_reference_holds_no_second_copy():
+    _, model, graft = pair("zoo")
+    before = twins.live_bytes()
+    with graft.reference(), torch.no_grad():
+        run("zoo", model)
+    assert twins.live_bytes() == before
+
+
+def test_reference_blocks_nest_and_end_with_an_exception():
+    _, model, graft = pair("zoo")
+
+    def ran():
+        before = graft.calls.sites["norm"]
+        model.norm(torch.ones(1, zoo.H))
+        return ["kernel", "reference"][graft.calls.sites["norm"][1] - before[1]]
+
+    with graft.reference():
+        with graft.reference():
+            assert ran() == "reference"
+        assert ran() == "reference"
+        with pytest.raises(ZeroDivisionError), graft.reference():
+            raise ZeroDivisionError
+        assert ran() == "reference"
+    assert ran() == "kernel"
+    with pytest.raises(ZeroDivisionError), graft.reference():
+        raise ZeroDivisionError
+    assert ran() == "kernel"
+
+
+def test_reference_blocks_of_two_threads_that_overlap():
+    _, model, graft = pair("zoo")
+    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
+    seen = []
+
+    def first():
+        with graft.reference():
+            first_is_in.set()
+            assert second_is_in.wait(10)
+        first_is_out.set()
+
+    def second():
+        assert first_is_in.wait(10)
+        with graft.reference():
+            second_is_in.set()
+            assert first_is_out.wait(10)
+            model.norm(torch.ones(1, zoo.H))
+            seen.append(graft.calls.reference)
+
+    threads = [threading.Thread(target=each) for each in (first, second)]
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert seen == [1]
+    model.norm(torch.ones(1, zoo.H))
+    assert (graft.calls.kernel, graft.calls.reference) == (1, 1)
+
+
+def test_reference_forward_in_many_threads_at_once():
+    twin, model, graft = pair("zoo")
+    twin.eval(), model.eval()
+    inputs = [zoo.inputs(seed) for seed in range(4)]
+    expected = [twin(each) for each in inputs]
+    wrong = []
+
+    def work(index):
+        for _ in range(20):
+            found = model(inputs[index])
+            if not torch.allclose(found, expected[index], atol=1e-5):
+                wrong.append(index)
+
+    with graft.reference():
+        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+        [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert wrong == []
+
+
+def test_a_config_that_matches_nothing_changes_nothing():
+    model = zoo.model()
+    before = identities(model)
+    with pytest.raises(PlanError, match="Norms"):
+        kernelgraft.graft(model, KernelConfig({"Norms": zoo.FastNorm}))
+    assert identities(model) == before
