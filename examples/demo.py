@@ -63,23 +63,27 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as saved:
         model.save_pretrained(saved)
         before, after = load_file(folder / "model.safetensors"), load_file(Path(saved) / "model.safetensors")
-        assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
         print(f"{len(after)} tensors, each with the original's name and bits")
         again = transformers.AutoModelForCausalLM.from_pretrained(saved)
-        assert torch.equal(again.generate(**inputs, max_new_tokens=24, do_sample=False)[0][-len(answers[0]) :], answers[0])
+        tokens = again.generate(**inputs, max_new_tokens=24, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        assert torch.equal(tokens, answers[0])
         print("plain Transformers answers the same from the saved folder")
 
     title("The kernels taken out")
     graft.remove()
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, plain(**inputs).logits)
-    print(f"model.layers[0].mlp is a plain {type(model.model.layers[0].mlp).__name__} again; the logits are equal bit for bit")
+    mlp = type(model.model.layers[0].mlp).__name__
+    print(f"model.layers[0].mlp is a plain {mlp} again; the logits are equal bit for bit")
 
     title("What next")
-    print(f"Read {REPOSITORY / 'build' / 'torch-universal'}: a kernel is a forward, a layout, and rules for its weights.")
-    print("Put your own in the place of a reference above, or see docs/kernel-authors.md. See docs/users.md for your model:")
-    print('  model = kernelgraft.AutoModelForCausalLM.from_pretrained("your/model", kernel_config=KernelConfig({...}))')
-    print("  print(kernelgraft.plan(model, config))     what would happen, before anything does")
+    print(f"A kernel is a forward, a layout and rules for its weights. Read one: {REPOSITORY}")
+    print("Write your own (docs/kernel-authors.md), put it into your model (docs/users.md):")
+    print('  config = KernelConfig({"RMSNorm": "./my_kernel.py:MyRMSNorm"})')
+    print("  print(kernelgraft.plan(model, config))        what would happen, before anything does")
+    print("  graft = kernelgraft.graft(model, config)      done, in place; graft.remove() undoes it")
 
 
 if __name__ == "__main__":

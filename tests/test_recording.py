@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from kernelgraft.errors import GraftError, PlanError
-from kernelgraft.recording import Arguments, arguments_of, bind_arguments, rebuild, recorded
+from kernelgraft.recording import Arguments, arguments_of, bind_arguments, recorded
 
 
 class Plain(nn.Module):
@@ -321,56 +321,6 @@ def test_a_profiler_that_takes_the_place_is_told():
 # Rebuilding
 
 
-class Block(nn.Module):
-    def __init__(self, dim, layer_idx):
-        super().__init__()
-        self.linear, self.norm = nn.Linear(dim, dim), nn.LayerNorm(dim)
-
-
-class Model(nn.Module):
-    def __init__(self, dim=4, num_layers=2):
-        super().__init__()
-        self.blocks = nn.ModuleList(Block(dim, index) for index in range(num_layers))
-        self.tied = self.blocks[0].norm
-
-
-def test_rebuild():
-    live, random_state = Model(), torch.get_rng_state()
-    found = rebuild(Model, live)
-    assert found["blocks.1"] == Arguments((4, 1), {})
-    assert found["tied"] == found["blocks.0.norm"] == Arguments((4, 1e-5, True, True, None, None), {})
-    assert set(found) == {path for path, _ in live.named_modules(remove_duplicate=False)}
-    assert torch.equal(random_state, torch.get_rng_state())
-    assert arguments_of(live) is None
-
-
-def test_rebuild_names_the_differences():
-    live = Model()
-    live.blocks[1].linear = nn.Linear(4, 5)
-    live.blocks[0].norm = nn.Identity()
-    live.blocks[0].linear.register_buffer("scale", torch.ones(1))
-    with pytest.raises(PlanError) as caught:
-        rebuild(Model, live)
-    assert "Model was changed after it was built" in str(caught.value)
-    assert "'blocks.0.linear.scale' is only in the live model" in str(caught.value)
-    assert "'blocks.0.norm' is of Identity, and was rebuilt as LayerNorm" in str(caught.value)
-    assert "'blocks.1.linear.bias' has shape (5,), and was rebuilt as (4,)" in str(caught.value)
-    assert "and 1 more" in str(caught.value)
-    with pytest.raises(PlanError, match=r"'blocks\.2' is only in the rebuilt model"):
-        rebuild(lambda: Model(num_layers=3), Model())
-    with pytest.raises(PlanError, match="is only in the live model"):
-        rebuild(Model, Model(num_layers=3))
-
-
-def test_rebuild_of_what_cannot_be_built_again():
-    def fails():
-        return nn.Linear(2, 2, device="meta").weight.sum().item()
-
-    with pytest.raises(PlanError, match="cannot be built again on the meta device") as caught:
-        rebuild(fails, Model())
-    assert isinstance(caught.value.__cause__, RuntimeError)
-
-
 # Binding
 
 
@@ -499,7 +449,10 @@ def test_real_modules_are_built_again_from_their_record(name):
     config = getattr(transformers, f"{name}Config")(**sizes, **(tokens if name != "ViT" else {}))
     model_class = getattr(transformers, f"{name}{suffix}")
     live = model_class(config)
-    found = rebuild(lambda: model_class(config), live)
+    with torch.device("meta"), recorded() as recording:
+        skeleton = model_class(config)
+    found = {path: recording.of(module) for path, module in skeleton.named_modules(remove_duplicate=False)}
+    assert all(found.values())
     assert found.keys() == {path for path, _ in live.named_modules(remove_duplicate=False)}
     num_built = 0
     for path, module in live.named_modules():

@@ -25,7 +25,6 @@ from torch import nn
 from kernelgraft.errors import GraftError, PlanError
 
 _EMPTY = inspect.Parameter.empty
-_NUM_DIFFERENCES_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -79,46 +78,6 @@ def recorded() -> Iterator[Recording]:
 def arguments_of(module: nn.Module) -> Arguments | None:
     """The arguments of a module that was built inside any `recorded()` block, or `None`."""
     return _of_live_modules.get(module)
-
-
-def rebuild(skeleton_factory: Callable[[], nn.Module], live: nn.Module) -> dict[str, Arguments]:
-    """The arguments of every module of `live`, from building the same model once more on the meta device.
-
-    Args:
-        skeleton_factory: Builds the model again; it should build from a copy of the config that `live` has.
-        live: The model to compare with: module paths, classes, and the names and shapes of parameters and buffers.
-
-    Returns:
-        Arguments by module path. A module that does not come from a recorded `__init__` (a copy) is left out.
-
-    Raises:
-        PlanError: The factory fails, or what it builds is not the same model.
-    """
-    records = _WeakRecords()
-    random_state = torch.get_rng_state()
-    try:
-        with torch.device("meta"), _listening(records):
-            skeleton = skeleton_factory()
-    except GraftError:
-        raise
-    except Exception as error:
-        raise PlanError(
-            f"{type(live).__name__} cannot be built again on the meta device to learn its constructor arguments: "
-            f"{type(error).__name__}: {error}. Build it under kernelgraft.recorded() instead."
-        ) from error
-    finally:
-        torch.set_rng_state(random_state)
-    differences = _differences(skeleton, live)
-    if differences:
-        shown = "; ".join(differences[:_NUM_DIFFERENCES_SHOWN])
-        more = len(differences) - _NUM_DIFFERENCES_SHOWN
-        raise PlanError(
-            f"{type(live).__name__} was changed after it was built, so its constructor arguments cannot be learnt by "
-            f"building it again: {shown}{f'; and {more} more' if more > 0 else ''}. "
-            "Graft it before other changes, or build it under kernelgraft.recorded()."
-        )
-    found = ((path, records.get(module)) for path, module in skeleton.named_modules(remove_duplicate=False))
-    return {path: arguments for path, arguments in found if arguments is not None}
 
 
 def bind_arguments(
@@ -358,36 +317,6 @@ def _call_of(code: CodeType, variables: Mapping[str, Any]) -> tuple[Any, tuple[A
     except (KeyError, TypeError, ValueError):  # the frame is no longer at its start, and has reused the names
         return None
     return (args[0], args[1:], kwargs) if args else None
-
-
-def _differences(skeleton: nn.Module, live: nn.Module) -> list[str]:
-    rebuilt = dict(skeleton.named_modules(remove_duplicate=False))
-    found = dict(live.named_modules(remove_duplicate=False))
-    differences = []
-    for path in [*found, *(path for path in rebuilt if path not in found)]:
-        there, here = rebuilt.get(path), found.get(path)
-        if there is None or here is None:
-            differences.append(_only_in(path, live=there is None))
-        elif type(there) is not type(here):
-            differences.append(f"{path!r} is of {type(here).__name__}, and was rebuilt as {type(there).__name__}")
-        else:
-            old, new = _shapes(there), _shapes(here)
-            for name in sorted(old.keys() | new.keys()):
-                place = f"{path}.{name}" if path else name
-                if name not in old or name not in new:
-                    differences.append(_only_in(place, live=name not in old))
-                elif old[name] != new[name]:
-                    differences.append(f"{place!r} has shape {new[name]}, and was rebuilt as {old[name]}")
-    return differences
-
-
-def _only_in(place: str, *, live: bool) -> str:
-    return f"{place!r} is only in the {'live' if live else 'rebuilt'} model"
-
-
-def _shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
-    tensors: list[Mapping[str, torch.Tensor | None]] = [module._parameters, module._buffers]
-    return {name: tuple(each.shape) for group in tensors for name, each in group.items() if each is not None}
 
 
 # Binding
