@@ -32,10 +32,10 @@ def plain(checkpoint):
     What Transformers notes down at a first load, a first save or a first training step is there from then on, and in
     `kernels` the repository that it has loaded.
     """
+    from kernels import get_local_kernel
     from transformers import AutoModelForCausalLM
 
     import tiny
-    from kernels import get_local_kernel
 
     get_local_kernel(tiny.EXAMPLE)
     for kind in ("cohere", "qwen3_moe", "qwen3"):

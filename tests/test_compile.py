@@ -46,7 +46,8 @@ def frames_of_layers(model):
     counter = CompileCounter()
     for layer in model.model.layers:
         layer.compile(backend=counter, fullgraph=True)
-    return counter.frame_count, logits_over_modes(model, model)
+    found = logits_over_modes(model, model)
+    return counter.frame_count, found
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_layers_that_are_compiled_one_by_one_compile_no_more_often():
     model = tiny.model("qwen3", num_hidden_layers=3)
     with kernelgraft.graft(model, tiny.guide_config()) as graft:
         count, found = frames_of_layers(model)
-        assert count <= plain
+        assert 0 < count <= plain
         assert equal(found, expected)
         assert graft.calls.traced > 0
         assert graft.calls.sites["model.layers.0.post_attention_layernorm"] == (0, 0)

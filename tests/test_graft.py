@@ -1,7 +1,7 @@
 """A graft applied, asked, switched and removed: the model afterwards is the one that it was."""
 
+import copy
 import logging
-import threading
 
 import pytest
 import torch
@@ -141,6 +141,68 @@ def test_hooks_made_before_and_during_a_graft_stay():
     assert not model.norm._forward_hooks
 
 
+def test_hooks_run_once_also_where_the_original_does_the_work():
+    twin, model = zoo.model().eval(), zoo.model().eval()
+    for each in (twin, model):
+        each.norm.register_forward_hook(lambda module, args, output: output + 1)
+        each.mix.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    graft = zoo.graft(model)
+    x, compiled = zoo.inputs(), torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for each in (model, compiled):
+            torch.testing.assert_close(each(x), twin(x))
+            with graft.reference():
+                torch.testing.assert_close(each(x), twin(x))
+    graft.remove()
+    assert torch.equal(model(x), twin(x))
+
+
+def test_an_offloaded_graft_is_not_removed_by_halves():
+    accelerate = pytest.importorskip("accelerate")
+    twin, model, graft = pair("zoo")
+    with graft.packed_names():
+        accelerate.cpu_offload(model, torch.device("cpu"))
+    modules = list(model.modules())
+    with pytest.raises(GraftError, match=r"cannot be removed: .*norm\.weight.* \(offloaded\).*remove_hook_from_submod"):
+        graft.remove()
+    assert graft.is_applied
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+    accelerate.hooks.remove_hook_from_submodules(model)
+    graft.remove()
+    assert_same_state(model.state_dict(), twin.state_dict())
+
+
+# --- kernels without a layout
+
+
+class Doubled(nn.Module):
+    def forward(self, x):
+        return 2 * x * self.weight
+
+
+def test_a_kernel_without_a_layout_leaves_names_and_parameters_as_they_are():
+    twin, model = zoo.model(), zoo.model()
+    before = identities(model)
+    with kernelgraft.graft(model, {"Norm": Doubled}) as graft:
+        x = zoo.inputs()
+        assert torch.equal(model.norm(x), Doubled.forward(twin.norm, x))
+        assert isinstance(model.norm, zoo.Norm)
+        assert identities(model)[1] == before[1]
+        assert set(graft.names) == {name for (name,) in graft.names.values()} == set(dict(twin.named_parameters()))
+        new = zoo.model(1).state_dict()
+        assert graft.update(new) == []
+        assert_same_state(model.state_dict(), new)
+        model.load_state_dict(twin.state_dict())
+        with graft.reference():
+            assert torch.equal(model.norm(x), twin.norm(x))
+        assert graft.calls.sites["norm"] == (1, 1)
+        copied = copy.deepcopy(model)
+        graft_of(copied).remove()
+        assert type(copied.norm) is zoo.Norm
+    assert identities(model) == before
+    assert_same_state(model.state_dict(), twin.state_dict())
+
+
 # --- rules without an inverse
 
 
@@ -243,104 +305,6 @@ def test_a_graft_logs_one_line(caplog):
         graft = zoo.graft(zoo.model())
         graft.remove()
     assert [record.getMessage() for record in caplog.records] == [graft.plan.summary()]
-
-
-# --- the reference forward
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("training", [False, True])
-def test_reference_forward_and_its_gradients(kind, training):
-    twin, model, graft = pair(kind)
-    twin.train(training), model.train(training)
-    with graft.reference():
-        found, expected = run(kind, model), run(kind, twin)
-        found.pow(2).mean().backward(), expected.pow(2).mean().backward()
-    assert (graft.calls.kernel, graft.calls.reference) == (0, len(graft.plan.sites))
-    graft.remove()
-    grads = [{name: p.grad for name, p in each.named_parameters() if p.grad is not None} for each in (model, twin)]
-    if kind == "zoo":  # a product with a transposed weight is another routine's, which may round otherwise
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(*grads)
-        torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()))
-    else:
-        assert torch.equal(found, expected)
-        twins.assert_same_tensors(*grads)
-        assert_same_state(model.state_dict(), twin.state_dict())
-
-
-def test_reference_holds_no_second_copy():
-    _, model, graft = pair("zoo")
-    before = twins.live_bytes()
-    with graft.reference(), torch.no_grad():
-        run("zoo", model)
-    assert twins.live_bytes() == before
-
-
-def test_reference_blocks_nest_and_end_with_an_exception():
-    _, model, graft = pair("zoo")
-
-    def ran():
-        before = graft.calls.sites["norm"]
-        model.norm(torch.ones(1, zoo.H))
-        return ["kernel", "reference"][graft.calls.sites["norm"][1] - before[1]]
-
-    with graft.reference():
-        with graft.reference():
-            assert ran() == "reference"
-        assert ran() == "reference"
-        with pytest.raises(ZeroDivisionError), graft.reference():
-            raise ZeroDivisionError
-        assert ran() == "reference"
-    assert ran() == "kernel"
-    with pytest.raises(ZeroDivisionError), graft.reference():
-        raise ZeroDivisionError
-    assert ran() == "kernel"
-
-
-def test_reference_blocks_of_two_threads_that_overlap():
-    _, model, graft = pair("zoo")
-    first_is_in, second_is_in, first_is_out = (threading.Event() for _ in range(3))
-    seen = []
-
-    def first():
-        with graft.reference():
-            first_is_in.set()
-            assert second_is_in.wait(10)
-        first_is_out.set()
-
-    def second():
-        assert first_is_in.wait(10)
-        with graft.reference():
-            second_is_in.set()
-            assert first_is_out.wait(10)
-            model.norm(torch.ones(1, zoo.H))
-            seen.append(graft.calls.reference)
-
-    threads = [threading.Thread(target=each) for each in (first, second)]
-    [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert seen == [1]
-    model.norm(torch.ones(1, zoo.H))
-    assert (graft.calls.kernel, graft.calls.reference) == (1, 1)
-
-
-def test_reference_forward_in_many_threads_at_once():
-    twin, model, graft = pair("zoo")
-    twin.eval(), model.eval()
-    inputs = [zoo.inputs(seed) for seed in range(4)]
-    expected = [twin(each) for each in inputs]
-    wrong = []
-
-    def work(index):
-        for _ in range(20):
-            found = model(inputs[index])
-            if not torch.allclose(found, expected[index], atol=1e-5):
-                wrong.append(index)
-
-    with graft.reference():
-        threads = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-        [thread.start() for thread in threads], [thread.join() for thread in threads]
-    assert wrong == []
 
 
 def test_a_config_that_matches_nothing_changes_nothing():

@@ -14,7 +14,6 @@ import torch
 from torch import nn
 
 import kernelgraft
-import twins
 import zoo
 from kernelgraft import graft_of
 from kernelgraft.errors import KernelError

@@ -1,4 +1,4 @@
-"""The guide's two kernels in a real language model, which `make test` puts into the cache folder (examples/smollm2.py)."""
+"""The guide's two kernels in a real language model, which `make test` puts into the cache folder."""
 
 import sys
 from pathlib import Path

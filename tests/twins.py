@@ -11,7 +11,7 @@ import kernelgraft
 import zoo
 
 KINDS = ("zoo", *(pytest.param(kind, marks=pytest.mark.transformers) for kind in ("qwen3", "qwen3-tied", "llama-tied")))
-"""Models for which a graft is there: each packing there is, and the guide's two kernels with and without tied weights."""
+"""Models to graft: one with every packing, and some for the guide's two kernels, tied and not."""
 
 TRANSFORMERS = tuple(pytest.param(kind, marks=pytest.mark.transformers) for kind in ("qwen3", "llama", "llama-tied"))
 

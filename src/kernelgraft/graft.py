@@ -20,12 +20,13 @@ from kernelgraft.binding import ClassKey, Rebound, bound_class, traces_of
 from kernelgraft.checkpoint.fill import materialize
 from kernelgraft.choosing import Asked, Runs, choose_modes, runs_of
 from kernelgraft.config import device_type
+from kernelgraft.conversion.part import Part
 from kernelgraft.errors import GraftError
 from kernelgraft.install import install_site, rebind_function, restore_site
 from kernelgraft.kernel import load_kernel
 from kernelgraft.plan import Plan
 from kernelgraft.planner import Blueprint
-from kernelgraft.slot import KEY, GraftedModule, Site, Slot, saved_tensors
+from kernelgraft.slot import KEY, GraftedModule, Site, Slot, saved_tensors, tensor_at
 
 logger = logging.getLogger("kernelgraft")
 
@@ -122,6 +123,12 @@ class Graft:
                     f"The graft cannot be removed: {'; '.join(lost)}. The kernel's rule has no inverse. Load the model "
                     f"again without the kernel."
                 )
+            away = [part.name for name, part in slot.parts.items() if _is_away(slot, name, part)]
+            if away:
+                raise GraftError(
+                    f"The graft cannot be removed: {', '.join(away)} has no values on this device (offloaded). Bring "
+                    f"them back first: accelerate.hooks.remove_hook_from_submodules(model)."
+                )
 
     @property
     def calls(self) -> Calls:
@@ -206,28 +213,26 @@ class Graft:
             raise GraftError("The graft was removed, so it has nothing to update. Use the model's load_state_dict.")
         items = tensors.items() if isinstance(tensors, Mapping) else tensors
         slots = self._slots()
-        named = (*self.model.named_parameters(remove_duplicate=False), *self.model.named_buffers(remove_duplicate=False))
-        plain = {name: tensor for name, tensor in named if _split(name, slots)[0] is None}
+        plain: dict[str, torch.Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        plain |= self.model.named_buffers(remove_duplicate=False)
         left = dict.fromkeys(self._parameters())
-        same: dict[int, list[str]] = {}
+        tied: dict[int, list[str]] = {}
         for name, holders in self._parameters().items():
             for holder in holders[:1]:
-                same.setdefault(id(holder), []).append(name)
+                tied.setdefault(id(holder), []).append(name)
         for name, tensor in items:
             path, local = _split(name, slots)
             part = None if path is None else slots[path].parts.get(local)
-            target = plain.get(name) if path is None else _whole(slots[path], local)
-            known = part if target is None else target
+            whole = plain.get(name) if path is None else _whole(slots[path], local)
+            known = part if whole is None else whole
             if known is None or tuple(known.shape) != tuple(tensor.shape):
                 raise GraftError(_does_not_fit(name, tensor, known, left))
-            if target is None:
-                assert part is not None and path is not None
+            if whole is not None:
+                with torch.no_grad():
+                    whole.copy_(tensor)
+            elif part is not None and path is not None:
                 part.write(slots[path].packed, tensor)
-                left.pop(name, None)
-                continue
-            with torch.no_grad():
-                target.copy_(tensor)
-            for each in same.get(id(target), ()):  # tied parameters are one
+            for each in (name, *tied.get(id(whole), ())):
                 left.pop(each, None)
         return list(left)
 
@@ -307,6 +312,11 @@ def _whole(slot: Slot, local: str) -> torch.Tensor | None:
     if part is None:
         return saved_tensors(slot.skeleton).get(local)
     return slot.packed(part.packed[0]) if part.kind == "whole" else None
+
+
+def _is_away(slot: Slot, name: str, part: Part) -> bool:
+    """Whether a packed parameter is on meta although the model was not moved there."""
+    return not tensor_at(slot.skeleton, name).is_meta and any(slot.packed(each).is_meta for each in part.packed)
 
 
 def _does_not_fit(name: str, tensor: torch.Tensor, known: Any, names: Iterable[str]) -> str:

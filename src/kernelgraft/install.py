@@ -4,6 +4,7 @@ Packed parameters are filled here, straight from the originals: live tensors, or
 parameter that is packed whole is the same `Parameter` object before, during and after a graft.
 """
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,17 @@ from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.conversion.program import Part, Program
 from kernelgraft.layouts import Made, put_value
 from kernelgraft.planner import PreparedFunction, PreparedSite
-from kernelgraft.slot import HOOK_DICTS, KEY, GraftedModule, Site, Slot, add_stubs, put_tensor, tensor_at
+from kernelgraft.slot import (
+    CALL_HOOKS,
+    KEY,
+    STATE_HOOKS,
+    GraftedModule,
+    Site,
+    Slot,
+    add_stubs,
+    put_tensor,
+    tensor_at,
+)
 
 _CHECKPOINTING = "gradient_checkpointing"
 
@@ -88,9 +99,11 @@ def _stand_in(module: nn.Module, slot: Slot, key: ClassKey) -> nn.Module:
     original = slot.skeleton
     if not slot.is_host:
         module.train(original.training)
-    for name in (*HOOK_DICTS, "_is_full_backward_hook"):
+    for name in (*CALL_HOOKS, *STATE_HOOKS, "_is_full_backward_hook"):
         if name in vars(original):
             vars(module)[name] = vars(original)[name]
+    for name in CALL_HOOKS:
+        vars(original)[name] = OrderedDict()
     for name in _switches(original):
         vars(module).setdefault(name, vars(original)[name])
     if _CHECKPOINTING in vars(original):
@@ -177,12 +190,13 @@ def _gradient(
     program: Program, target: str, packed: nn.Parameter, originals: Mapping[str, torch.Tensor]
 ) -> torch.Tensor | None:
     """The gradient of a packed parameter from those that its sources have by now, if any has one."""
-    sources = {piece.source.name: originals[piece.source.name] for piece in program.pieces if piece.target.name == target}
-    grads = {name: None if isinstance(each, LazyTensor) else each.grad for name, each in sources.items()}
-    if all(grad is None for grad in grads.values()):
+    names = {piece.source.name for piece in program.pieces if piece.target.name == target}
+    grads = {name: originals[name].grad for name in names if not isinstance(originals[name], LazyTensor)}
+    given = {name: grad for name, grad in grads.items() if grad is not None}
+    if not given:
         return None
     found = torch.empty_like(packed)
-    program.fill(target, found, lambda name: torch.zeros_like(sources[name]) if grads[name] is None else grads[name])
+    program.fill(target, found, lambda name: given[name] if name in given else torch.zeros_like(originals[name]))
     return found
 
 
@@ -266,7 +280,8 @@ def restore_site(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
             continue
         original = slot.skeleton
         _refill(slot, original)
-        for name in (*_switches_of(module, original), "_gradient_checkpointing_func", "_is_full_backward_hook"):
+        handed_back = (*CALL_HOOKS, "_is_full_backward_hook", "_gradient_checkpointing_func")
+        for name in (*_switches_of(module, original), *handed_back):
             if name in vars(module):
                 vars(original)[name] = vars(module)[name]
         _move_hook(module, original)

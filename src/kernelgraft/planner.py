@@ -41,8 +41,8 @@ from kernelgraft.refusals import (
     check_shared,
     check_sources_agree,
 )
-from kernelgraft.signature import check_attributes
-from kernelgraft.soundness import FusionSite, Run, check_soundness
+from kernelgraft.signature import check_attributes, spell_call
+from kernelgraft.soundness import FusionSite, Run, calls_of, check_soundness
 
 
 @dataclass
@@ -151,7 +151,7 @@ class _Planner:
         self.modules = dict(subject.model.named_modules())
         self.device = _device_of(subject)
         self.rejected = list(rejected)
-        self.kernels: dict[int, Kernel] = {}
+        self.kernels: dict[int, Kernel | Exception] = {}
         self.kinds: dict[Any, tuple[int, KindPlan, Rules | None]] = {}
         self.users = _users(subject.model)
 
@@ -159,6 +159,7 @@ class _Planner:
         wanted = self._wanted()
         prepared = [site for want in wanted if (site := self._prepare(want)) is not None]
         prepared = self._check_chains(prepared)
+        self._ask_kernels(prepared)
         functions, function_plans = self._functions({path for site in prepared for path in site.site.paths})
         order = {path: index for index, path in enumerate(self.modules)}
         prepared.sort(key=lambda site: order[site.site.paths[0]])
@@ -268,9 +269,16 @@ class _Planner:
         self.rejected.append(Rejected(entry.label, place, reason))
 
     def _load(self, use: Any) -> Kernel:
+        """Load a kernel once, also if that fails: a server that cannot be reached is not asked again for each site."""
         if id(use) not in self.kernels:
-            self.kernels[id(use)] = load_kernel(use, backend="cpu" if self.device.type == "cpu" else None)
-        return self.kernels[id(use)]
+            try:
+                self.kernels[id(use)] = load_kernel(use, backend="cpu" if self.device.type == "cpu" else None)
+            except Exception as error:
+                self.kernels[id(use)] = error
+        found = self.kernels[id(use)]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     # --- sites
 
@@ -432,6 +440,40 @@ class _Planner:
             site.kind = next(kind for index, kind, _ in self.kinds.values() if index == site.site.kind)
         return prepared
 
+    def _ask_kernels(self, prepared: Sequence[PreparedSite]) -> None:
+        """Ask kernels that declare `supports` about the call that one forward makes to the first site of a kind."""
+        model, run = self.subject.skeleton or self.subject.model, self.subject.run
+        asked = {
+            each.site.kind: each
+            for each in reversed(prepared)
+            if any(kernel.supports for kernel in _kernels(each.keys))
+        }
+        if not asked or run is None:
+            return  # each call is asked about when it comes
+        calls = calls_of(model, [path for each in asked.values() for path in each.site.paths], run)
+        for each in asked.values():
+            site = each.site
+            if site.host not in calls or site.paths[0] not in calls:
+                continue
+            args, kwargs = calls[site.host]
+            # What flows into the host through absorbed modules reaches the kernel as it was before them.
+            args = (*calls[site.paths[0]][0][:1], *args[1:]) if args else args
+            for kernel in _kernels(each.keys):
+                answer = kernel.supports(*args, **kwargs) if kernel.supports else True
+                if answer is not True:
+                    said = (
+                        f"{kernel.name} refuses a call like {spell_call(args, kwargs)}: {answer or 'no reason given'}"
+                    )
+                    self._refused_by_kernel(each, said)
+
+    def _refused_by_kernel(self, each: PreparedSite, said: str) -> None:
+        if not each.asked.optional:
+            raise PlanError(
+                f"At {each.site.host!r}: {said}. Leave this site out of the config, or pass "
+                f'KernelConfig(..., fallback="reference") to let the original run where the kernel refuses.'
+            )
+        self._leave(each.asked.entry, each.site.host, f"{said}; the original runs then")
+
     def _functions(self, taken: set[str]) -> tuple[list[PreparedFunction], list[FunctionPlan]]:
         plans: list[FunctionPlan] = []
         by_path: dict[str, list[tuple[str, Modes, Asked]]] = {}
@@ -511,6 +553,10 @@ def _host_index(layout: type[nn.Module], paths: Sequence[str]) -> int:
     return last.index(host)
 
 
+def _kernels(keys: Sequence[ClassKey]) -> list[Kernel]:
+    return list(dict.fromkeys(kernel for key in keys for _, _, kernel in key.modes))
+
+
 def _uses(modes: Modes) -> tuple[KernelUse, ...]:
     return tuple(
         KernelUse(kernel.name, kernel.reference, kernel.digest or "", training, compiling)
@@ -519,13 +565,18 @@ def _uses(modes: Modes) -> tuple[KernelUse, ...]:
 
 
 def _grouped(rejected: Sequence[Rejected]) -> tuple[Rejected, ...]:
-    """One line for all places of an entry that were left for one reason."""
-    places: dict[tuple[str, str], list[str]] = {}
+    """One line for all places of an entry that were left for one reason: the first one's, if it names the place."""
+    groups: dict[tuple[str, str], list[Rejected]] = {}
     for each in rejected:
-        places.setdefault((each.target, each.reason), []).append(each.place)
+        reason = each.reason.replace(each.place, "") if each.place else each.reason
+        groups.setdefault((each.target, reason), []).append(each)
     return tuple(
-        Rejected(target, collapse_paths(where) if all(where) else "", reason)
-        for (target, reason), where in places.items()
+        Rejected(
+            group[0].target,
+            collapse_paths([each.place for each in group]) if all(each.place for each in group) else "",
+            group[0].reason,
+        )
+        for group in groups.values()
     )
 
 

@@ -6,9 +6,10 @@ A kernel's promises are checked before it is bound: signatures, and the attribut
 import difflib
 import dis
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from kernelgraft.errors import PlanError
@@ -150,3 +151,17 @@ def check_attributes(kernels: Iterable[Kernel], layout: nn.Module, original: nn.
 def _public(module: nn.Module) -> list[str]:
     names = {*module._parameters, *module._buffers, *module._modules, *vars(module)}
     return [name for name in names if not name.startswith("_") and name != "training"]
+
+
+def spell_call(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """A call as a message shows it: tensors by shape and dtype."""
+    spelt = [_spell(value) for value in args] + [f"{name}={_spell(value)}" for name, value in kwargs.items()]
+    return f"({', '.join(spelt)})"
+
+
+def _spell(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, tuple | list):
+        return f"({', '.join(map(_spell, value))})"
+    return repr(value) if isinstance(value, int | float | str | None) else type(value).__name__

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 KEY = "_kernelgraft"
 """Name in an instance's `__dict__` under which its `Slot` is kept: outside the module tree, so torch never sees it."""
 
-HOOK_DICTS = (
+CALL_HOOKS = (
     "_backward_pre_hooks",
     "_backward_hooks",
     "_forward_hooks",
@@ -32,12 +32,17 @@ HOOK_DICTS = (
     "_forward_hooks_always_called",
     "_forward_pre_hooks",
     "_forward_pre_hooks_with_kwargs",
+)
+"""Torch's registries of hooks on calls. A slot takes over those of its skeleton, so that handles given out before go on
+working; the skeleton has empty ones meanwhile, or a hook would run twice where the original does the work."""
+
+STATE_HOOKS = (
     "_state_dict_hooks",
     "_state_dict_pre_hooks",
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-"""Torch's hook registries. A slot shares them with its skeleton, so that handles given out before go on working."""
+"""Those of hooks on state dicts, which a slot shares with its skeleton: the skeleton's code runs them."""
 
 _ACCELERATE = ("forward", "_old_forward", "_hf_hook")
 

@@ -10,18 +10,33 @@ hook, no mode and no running statistic, is ever in the model.
 """
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
 
+from kernelgraft.soundness._calls import Call, first_calls
 from kernelgraft.soundness._copying import Copier, Variant, isolated
 from kernelgraft.soundness._inputs import example_runner, forward_runner
 from kernelgraft.soundness._layers import EqualLayers, equal_layers
 from kernelgraft.soundness._sites import FusionSite, Run, Verdict, below, validate
 from kernelgraft.soundness._witness import Trace
 
-__all__ = ["FusionSite", "Run", "Verdict", "check_soundness", "example_runner", "forward_runner"]
+__all__ = ["FusionSite", "Run", "Verdict", "calls_of", "check_soundness", "example_runner", "forward_runner"]
+
+
+def calls_of(model: nn.Module, paths: Collection[str], run: Run) -> dict[str, Call]:
+    """What the modules at `paths` are first called with, in one forward on meta tensors.
+
+    Args:
+        model: The untouched model, on any device; nothing of it is called.
+        paths: The modules to watch; those that the forward does not reach are left out.
+        run: As in `check_soundness`.
+
+    Returns:
+        `(args, kwargs)` by path. The tensors in them have shapes, dtypes and strides, and no data.
+    """
+    return first_calls(model, paths, run, list(_variants(model, live=False)))
 
 
 def check_soundness(
