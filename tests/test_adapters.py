@@ -17,10 +17,7 @@ tiny = pytest.importorskip("tiny")
 
 
 def lora(*targets, **options):
-    if targets == ("all-linear",):
-        targets = "all-linear"
-    else:
-        targets = list(targets)
+    targets = "all-linear" if targets == ("all-linear",) else list(targets)
     return peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM", init_lora_weights=False, **options)
 
 

@@ -176,6 +176,21 @@ def test_a_copy_is_a_grafted_model_of_its_own(make):
     assert_same_state(model.state_dict(), twin.state_dict())
 
 
+@pytest.mark.parametrize("make", [copy.deepcopy, restored])
+def test_a_copy_of_a_model_that_is_compiled_in_place_runs_itself(make):
+    _, model, _ = pair("zoo")
+    model.eval().compile(backend="eager")
+    for module in (model.mix, model.norm):
+        module.compile(backend="eager")
+    expected = run("zoo", model)
+    other = make(model)
+    assert not [path for path, module in other.named_modules() if "_compiled_call_impl" in vars(module)]
+    with torch.no_grad():
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+    assert torch.equal(run("zoo", other), expected)
+
+
 @pytest.mark.parametrize("path", [*zoo.PLACES, "blocks.1"])
 @pytest.mark.parametrize("make", [copy.deepcopy, restored])
 def test_a_copy_of_one_module(path, make):

@@ -20,13 +20,12 @@ from kernelgraft.binding import ClassKey, Rebound, bound_class, traces_of
 from kernelgraft.checkpoint.fill import materialize
 from kernelgraft.choosing import Asked, Runs, choose_modes, runs_of
 from kernelgraft.config import device_type
-from kernelgraft.conversion.part import Part
 from kernelgraft.errors import GraftError
 from kernelgraft.install import install_site, rebind_function, restore_site
 from kernelgraft.kernel import load_kernel
 from kernelgraft.plan import Plan
 from kernelgraft.planner import Blueprint
-from kernelgraft.slot import KEY, GraftedModule, Site, Slot, saved_tensors, tensor_at
+from kernelgraft.slot import KEY, GraftedModule, Site, Slot, saved_tensors
 
 logger = logging.getLogger("kernelgraft")
 
@@ -123,11 +122,12 @@ class Graft:
                     f"The graft cannot be removed: {'; '.join(lost)}. The kernel's rule has no inverse. Load the model "
                     f"again without the kernel."
                 )
-            away = [part.name for name, part in slot.parts.items() if _is_away(slot, name, part)]
-            if away:
+            gone = [each for part in slot.parts.values() for each in part.packed if not _is_there(slot, each)]
+            if gone:
                 raise GraftError(
-                    f"The graft cannot be removed: {', '.join(away)} has no values on this device (offloaded). Bring "
-                    f"them back first: accelerate.hooks.remove_hook_from_submodules(model)."
+                    f"The graft cannot be removed: {', '.join(f'{slot.site.host}.{name}' for name in gone)} is not what "
+                    f"the graft put there (offloaded, parametrized or pruned). Undo that, then remove the graft: for "
+                    f"offloading, accelerate.hooks.remove_hook_from_submodules(model)."
                 )
 
     @property
@@ -314,9 +314,11 @@ def _whole(slot: Slot, local: str) -> torch.Tensor | None:
     return slot.packed(part.packed[0]) if part.kind == "whole" else None
 
 
-def _is_away(slot: Slot, name: str, part: Part) -> bool:
-    """Whether a packed parameter is on meta although the model was not moved there."""
-    return not tensor_at(slot.skeleton, name).is_meta and any(slot.packed(each).is_meta for each in part.packed)
+def _is_there(slot: Slot, packed: str) -> bool:
+    """Whether a packed tensor has a value where the graft put it, or is on meta because the model was moved there."""
+    tensor = saved_tensors(slot.layout).get(packed)
+    skeleton = (*slot.skeleton.parameters(), *slot.skeleton.buffers())
+    return tensor is not None and (not tensor.is_meta or any(each.is_meta for each in skeleton))
 
 
 def _does_not_fit(name: str, tensor: torch.Tensor, known: Any, names: Iterable[str]) -> str:
@@ -392,7 +394,7 @@ def _apply_root(self: nn.Module, fn: Any, recurse: bool = True) -> Any:
 
 
 def _reduce_root(self: nn.Module, _: Any) -> Any:
-    return _RootMaker(type(self)._kernelgraft_original), (), self.__dict__  # type: ignore[attr-defined]
+    return _RootMaker(type(self)._kernelgraft_original), (), self.__getstate__()  # type: ignore[attr-defined]
 
 
 # --- applying

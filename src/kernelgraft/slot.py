@@ -244,7 +244,7 @@ class GraftedModule(nn.Module):
         put_tensor(slot.layout, part.packed[0], value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return type(self)._kernelgraft_maker, (), self.__dict__  # type: ignore[attr-defined]
+        return type(self)._kernelgraft_maker, (), self.__getstate__()  # type: ignore[attr-defined]
 
 
 class AbsorbedSubmodule(nn.Module):
@@ -507,10 +507,11 @@ def shallow_tree(module: nn.Module) -> nn.Module:
     """A new tree of the same modules that shares everything but the dicts, in which tensors can be put freely.
 
     Bound methods kept in attributes are bound to the copy. Accelerate's hook on a module is left out: the slot carries
-    it.
+    it. So is what `Module.compile` keeps: it would run the module itself.
     """
     copy = module.__class__.__new__(module.__class__)
     copy.__dict__.update(module.__dict__)
+    copy.__dict__.pop("_compiled_call_impl", None)
     if "_hf_hook" in module.__dict__:
         for name in _ACCELERATE:
             copy.__dict__.pop(name, None)
