@@ -163,7 +163,7 @@ def test_an_offloaded_graft_is_not_removed_by_halves():
     with graft.packed_names():
         accelerate.cpu_offload(model, torch.device("cpu"))
     modules = list(model.modules())
-    with pytest.raises(GraftError, match=r"cannot be removed: blocks\.0\.norm\.scale .*remove_hook_from_submodules"):
+    with pytest.raises(GraftError, match=r"removed: blocks\.0\.norm\.scale, .*remove_hook_from_submodules"):
         graft.remove()
     assert graft.is_applied
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
@@ -176,7 +176,7 @@ def test_a_packed_parameter_that_was_parametrized_must_be_freed_first():
     twin, model, graft = pair("zoo")
     nn.utils.parametrize.register_parametrization(model.mix.qkv, "weight", nn.Identity())
     modules = list(model.modules())
-    with pytest.raises(GraftError, match=r"cannot be removed: mix\.qkv\.weight, .*parametrized.*Undo that"):
+    with pytest.raises(GraftError, match=r"cannot be removed: mix\.qkv\.weight, which .* parametrized"):
         graft.remove()
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     nn.utils.parametrize.remove_parametrizations(model.mix.qkv, "weight")

@@ -20,7 +20,6 @@ def test_a_graft_holds_no_second_copy_and_neither_does_what_it_leaves(kind):
     graft = twins.graft(kind, model)
     assert twins.live_bytes() == before
     graft.remove()
-    del graft
     assert twins.live_bytes() == before
 
 

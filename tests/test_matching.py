@@ -198,6 +198,7 @@ def test_collapsed_paths_read_well():
     assert matching.collapse_paths([f"model.layers.{i}.mlp" for i in range(30)]) == "model.layers.{0..29}.mlp"
     assert matching.collapse_paths(["a.0", "a.1", "a.3"]) == "a.{0..1,3}"
     assert matching.collapse_paths(["norm"]) == "norm"
+    assert sorted(expand(matching.collapse_paths(["a.01", "a.1", "a.2"]))) == ["a.01", "a.1", "a.2"]
 
 
 def test_an_unknown_name_is_answered_with_the_nearest(modules):

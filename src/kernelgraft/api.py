@@ -147,7 +147,7 @@ def load(
 
     Args:
         model: The module.
-        checkpoint: A safetensors file, an index of shards, a folder with either, or tensors by name.
+        checkpoint: A safetensors file, an index of shards, a folder with either, a Hub id, or tensors by name.
         config: As in `graft`; without it nothing is grafted.
         device: Where parameters that are on meta now shall be.
         example_inputs: As in `graft`.

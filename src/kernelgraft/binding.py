@@ -128,7 +128,7 @@ class Rebound(nn.Module):
     """Base of the classes that run a stateless kernel on the original module itself."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return type(self)._kernelgraft_maker, (), self.__getstate__()  # type: ignore[attr-defined]
+        return type(self)._kernelgraft_maker, (), self.__getstate__()  # type: ignore[attr-defined,no-untyped-call]
 
 
 def bound_class(key: ClassKey) -> type[nn.Module]:

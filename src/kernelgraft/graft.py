@@ -122,12 +122,13 @@ class Graft:
                     f"The graft cannot be removed: {'; '.join(lost)}. The kernel's rule has no inverse. Load the model "
                     f"again without the kernel."
                 )
-            gone = [each for part in slot.parts.values() for each in part.packed if not _is_there(slot, each)]
+            packed = dict.fromkeys(name for part in slot.parts.values() for name in part.packed)
+            gone = [f"{slot.site.host}.{name}" for name in packed if not _is_there(slot, name)]
             if gone:
                 raise GraftError(
-                    f"The graft cannot be removed: {', '.join(f'{slot.site.host}.{name}' for name in gone)} is not what "
-                    f"the graft put there (offloaded, parametrized or pruned). Undo that, then remove the graft: for "
-                    f"offloading, accelerate.hooks.remove_hook_from_submodules(model)."
+                    f"The graft cannot be removed: {', '.join(gone)}, which it put there, has been offloaded, "
+                    f"parametrized or pruned. Undo that first; offloading by "
+                    f"accelerate.hooks.remove_hook_from_submodules(model)."
                 )
 
     @property
@@ -394,7 +395,7 @@ def _apply_root(self: nn.Module, fn: Any, recurse: bool = True) -> Any:
 
 
 def _reduce_root(self: nn.Module, _: Any) -> Any:
-    return _RootMaker(type(self)._kernelgraft_original), (), self.__getstate__()  # type: ignore[attr-defined]
+    return _RootMaker(type(self)._kernelgraft_original), (), self.__getstate__()  # type: ignore[attr-defined,no-untyped-call]
 
 
 # --- applying

@@ -213,8 +213,9 @@ def _parameter_lines(kind: KindPlan, program: Program, last: Sequence[str]) -> I
 
 
 def _spell_members(text: str, last: Sequence[str]) -> str:
-    """Names of originals with the member's own name in the place of its index: `1.gate_proj.weight`."""
-    return re.sub(r"(?<![\w.])(\d+)\.(?=[A-Za-z_])", lambda match: f"{last[int(match[1])]}.", text)
+    """Names of originals (`1.gate_proj.weight`) with the member's own name for its index; a lone member needs none."""
+    names = [f"{name}." for name in last] if len(last) > 1 else [""]
+    return re.sub(r"(?<![\w.])(\d+)\.(?=[A-Za-z_])", lambda match: names[int(match[1])], text)
 
 
 def _kernel_names(uses: Sequence[KernelUse]) -> str:

@@ -244,7 +244,7 @@ class GraftedModule(nn.Module):
         put_tensor(slot.layout, part.packed[0], value)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return type(self)._kernelgraft_maker, (), self.__getstate__()  # type: ignore[attr-defined]
+        return type(self)._kernelgraft_maker, (), self.__getstate__()  # type: ignore[attr-defined,no-untyped-call]
 
 
 class AbsorbedSubmodule(nn.Module):

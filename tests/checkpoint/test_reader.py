@@ -191,3 +191,27 @@ def test_it_is_closed_at_the_end_of_the_block_and_by_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), Checkpoint([path]):
         raise ZeroDivisionError
     assert open_files(tmp_path) == []
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A Hub cache without a Hub."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    return tmp_path
+
+
+def test_a_hub_id_gives_the_files_of_the_repository(cache):
+    snapshot = cache / "models--owner--name" / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (cache / "models--owner--name" / "refs").mkdir()
+    (cache / "models--owner--name" / "refs" / "main").write_text("a" * 40)
+    write(snapshot / "model.safetensors", a=torch.ones(1))
+    assert checkpoint_files("owner/name") == [snapshot / "model.safetensors"]
+
+
+def test_a_hub_id_that_cannot_be_had_is_refused(cache):
+    with pytest.raises(CheckpointError, match="'owner/nowhere' is neither a file or folder here nor a repository"):
+        checkpoint_files("owner/nowhere")

@@ -1,6 +1,7 @@
 """Safetensors files as lazy tensors: names and shapes are read, bytes only where they are pulled."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -31,6 +32,8 @@ _DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.json)")
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -115,12 +118,14 @@ class Checkpoint(Mapping[str, LazyTensor]):
 
 
 def checkpoint_files(place: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint: a file, an index of shards, or a folder that has either.
+    """The safetensors files of a checkpoint: a file, an index of shards, a folder that has either, or a Hub id.
 
     Raises:
         CheckpointError: There is none, there are several without an index, or an index names a file that is not there.
     """
     path = Path(place)
+    if isinstance(place, str) and _HUB_ID.fullmatch(place) and not path.exists():
+        return checkpoint_files(_from_hub(place))
     if path.is_dir():
         loose = sorted(path.glob("*.safetensors"))
         named = [each for each in (path / INDEX, path / SINGLE) if each.exists()]
@@ -132,7 +137,10 @@ def checkpoint_files(place: str | Path) -> list[Path]:
             )
         return checkpoint_files((named or loose)[0])
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist. Give a .safetensors file, its index, or a folder with them.")
+        raise CheckpointError(
+            f"{path} does not exist. Give a .safetensors file, its index, a folder with them, or the id of a "
+            f"repository on the Hub: 'owner/name'."
+        )
     if path.suffix != ".json":
         return [path]
     try:
@@ -144,3 +152,15 @@ def checkpoint_files(place: str | Path) -> list[Path]:
     if missing:
         raise CheckpointError(f"{path} names files that are not there: {', '.join(missing)}.")
     return files
+
+
+def _from_hub(name: str) -> Path:
+    """The safetensors files of a repository on the Hub, from its cache or by a download."""
+    from huggingface_hub import snapshot_download  # `import kernelgraft` needs torch alone
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", INDEX]))
+    except Exception as error:  # what a download may raise is anything; the cause says it
+        raise CheckpointError(
+            f"{name!r} is neither a file or folder here nor a repository that can be had from the Hub: {error}"
+        ) from error
