@@ -1,11 +1,13 @@
 """`load_state_dict()` of a grafted model: what it takes, what it reports, and where the values go."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
 from torch import nn
 
+import kernelgraft
 import twins
 import zoo
 from twins import KINDS, assert_same_state, packed_pointers, pair
@@ -293,3 +295,40 @@ def test_a_submodule_that_was_taken_over(kind):
             assert_same_state(model.state_dict(), twin.state_dict())
         assert_same_state(mine.state_dict(prefix="p."), theirs.state_dict(prefix="p."))
     assert packed_pointers(model) == before
+
+
+class StackedPairLayout(nn.Module):
+    """Two members in one packed parameter: weights (2, H, H)."""
+
+    packing = {"weights": {"sources": ["first.weight", "second.weight"], "operations": [["stack", 0]]}}
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.weights = nn.Parameter(torch.empty(2, *first.weight.shape))
+
+
+class StackedPair(nn.Module):
+    def forward(self, input):
+        return input @ self.weights[0].t() @ self.weights[1].t()
+
+
+def test_a_packed_parameter_of_two_members():
+    twin = nn.Sequential(*(nn.Linear(zoo.H, zoo.H, bias=False) for _ in range(2)))
+    model = copy.deepcopy(twin)
+    config = {(("Linear", "0"), ("Linear", "1")): StackedPair}
+    kernelgraft.graft(model, config, example_inputs=zoo.inputs())
+    before = packed_pointers(model)
+    state = {name: torch.randn(zoo.H, zoo.H) for name in ("0.weight", "1.weight")}
+    for options in ({}, {"assign": True}):
+        for given in (state, {"1.weight": state["0.weight"]}):
+            for each in (model, twin):
+                each.load_state_dict(given, strict=False, **options)
+            assert_same_state(model.state_dict(), twin.state_dict())
+    assert packed_pointers(model) == before
+    torch.testing.assert_close(model(zoo.inputs()), twin(zoo.inputs()))
+    # Neither member knows whether the other's will come, so that one dtype cannot be left for another by halves.
+    with pytest.raises(
+        RuntimeError, match=r"(?s)0\.weight comes as torch\.float64 .*1\.weight comes as torch\.float64"
+    ):
+        model.load_state_dict({name: tensor.double() for name, tensor in state.items()}, assign=True)
+    assert_same_state(model.state_dict(), twin.state_dict())

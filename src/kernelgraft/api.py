@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 from kernelgraft import compat
+from kernelgraft.blueprint import Blueprint, Subject
 from kernelgraft.checkpoint.fill import check_names, fill_from, materialize
 from kernelgraft.checkpoint.reader import SINGLE, Checkpoint, checkpoint_files
 from kernelgraft.config import KernelConfig
 from kernelgraft.errors import PlanError
 from kernelgraft.graft import Graft, apply_blueprint, graft_of
 from kernelgraft.plan import Plan
-from kernelgraft.planner import Blueprint, Subject, make_blueprint
+from kernelgraft.planner import make_blueprint
 from kernelgraft.recording import Arguments, Recording, arguments_of
 from kernelgraft.slot import KEY
 from kernelgraft.soundness import Run, example_runner, forward_runner

@@ -19,12 +19,13 @@ from torch import nn
 
 from kernelgraft import compat
 from kernelgraft.api import subject_of
+from kernelgraft.blueprint import Blueprint
 from kernelgraft.checkpoint.reader import Checkpoint
 from kernelgraft.config import KernelConfig
 from kernelgraft.entry import Entry
 from kernelgraft.graft import Graft, apply_blueprint, root_class
 from kernelgraft.plan import Rejected
-from kernelgraft.planner import Blueprint, make_blueprint
+from kernelgraft.planner import make_blueprint
 from kernelgraft.recording import Recording, recorded
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from kernelgraft.binding import ClassKey, Rebound, bound_class, traces_of
+from kernelgraft.blueprint import Blueprint
 from kernelgraft.checkpoint.fill import materialize
 from kernelgraft.choosing import Asked, Runs, choose_modes, runs_of
 from kernelgraft.config import device_type
@@ -24,8 +25,8 @@ from kernelgraft.errors import GraftError
 from kernelgraft.install import install_site, rebind_function, restore_site
 from kernelgraft.kernel import load_kernel
 from kernelgraft.plan import Plan
-from kernelgraft.planner import Blueprint
-from kernelgraft.slot import KEY, GraftedModule, Site, Slot, saved_tensors
+from kernelgraft.slot import KEY, GraftedModule, Site, Slot
+from kernelgraft.tree import saved_tensors
 
 logger = logging.getLogger("kernelgraft")
 

@@ -13,22 +13,13 @@ import torch
 from torch import nn
 
 from kernelgraft.binding import ClassKey, bound_class
+from kernelgraft.blueprint import PreparedFunction, PreparedSite
 from kernelgraft.choosing import Asked, Runs
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.conversion.program import Part, Program
 from kernelgraft.layouts import Made, put_value
-from kernelgraft.planner import PreparedFunction, PreparedSite
-from kernelgraft.slot import (
-    CALL_HOOKS,
-    KEY,
-    STATE_HOOKS,
-    GraftedModule,
-    Site,
-    Slot,
-    add_stubs,
-    put_tensor,
-    tensor_at,
-)
+from kernelgraft.slot import CALL_HOOKS, KEY, STATE_HOOKS, GraftedModule, Site, Slot, add_stubs
+from kernelgraft.tree import put_tensor, tensor_at
 
 _CHECKPOINTING = "gradient_checkpointing"
 

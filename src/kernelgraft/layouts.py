@@ -14,7 +14,7 @@ from torch import nn
 
 from kernelgraft.errors import PlanError
 from kernelgraft.recording import Arguments, bind_arguments
-from kernelgraft.slot import saved_tensors, shallow_tree, tensor_at
+from kernelgraft.tree import saved_tensors, shallow_tree, tensor_at
 
 
 @dataclass

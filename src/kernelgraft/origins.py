@@ -14,7 +14,7 @@ from kernelgraft.conversion.program import Program
 from kernelgraft.conversion.rules import Converted, Rules
 from kernelgraft.errors import PlanError
 from kernelgraft.layouts import Made
-from kernelgraft.slot import saved_tensors
+from kernelgraft.tree import saved_tensors
 
 
 def argument_names(layout: type[nn.Module], count: int) -> tuple[str, ...]:

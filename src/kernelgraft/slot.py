@@ -5,7 +5,6 @@ of its parameters is read as a view of the packed parameters. No hook on the mod
 answers for its own path, through the original's own code run on a shallow tree of the skeleton.
 """
 
-import types
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -13,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.nn.modules.module import _IncompatibleKeys
 from torch.utils.dlpack import from_dlpack
 
 from kernelgraft.errors import GraftError
+from kernelgraft.loading import load_slot, load_submodule
+from kernelgraft.tree import put_tensor, shallow_tree, tensor_at
 
 if TYPE_CHECKING:
     from kernelgraft.conversion.program import Part
@@ -43,8 +43,6 @@ STATE_HOOKS = (
     "_load_state_dict_post_hooks",
 )
 """Those of hooks on state dicts, which a slot shares with its skeleton: the skeleton's code runs them."""
-
-_ACCELERATE = ("forward", "_old_forward", "_hf_hook")
 
 
 class Site:
@@ -187,7 +185,7 @@ class GraftedModule(nn.Module):
             )
             return
         mine = {key: value for key, value in state_dict.items() if key.startswith(prefix)}
-        _load_slot(slot, mine, prefix, local_metadata, missing_keys, unexpected_keys, error_msgs)
+        load_slot(slot, mine, prefix, local_metadata, missing_keys, unexpected_keys, error_msgs)
         for key in list(state_dict):
             if key.startswith(prefix):
                 del state_dict[key]
@@ -292,18 +290,7 @@ class AbsorbedSubmodule(nn.Module):
         slot: Slot = self.__dict__[KEY]
         if slot.site.packed_names:
             return super().load_state_dict(state_dict, strict, assign)
-        path: str = self.__dict__["_path"]
-        errors: list[str] = []
-        _refuse_distributed(slot, {f"{path}.{name}": value for name, value in state_dict.items()}, "", errors)
-        if not errors:
-            tree, before = _loadable_tree(slot)
-            try:
-                found = tree.get_submodule(path).load_state_dict(state_dict, strict, assign)
-            finally:
-                _take_over(slot, tree, before, "", errors)
-        if errors:
-            raise GraftError("; ".join(errors))
-        return found
+        return load_submodule(slot, self.__dict__["_path"], state_dict, strict=strict, assign=assign)
 
     def extra_repr(self) -> str:
         """Says who has the weights."""
@@ -346,181 +333,3 @@ def _stub(slot: Slot, path: str, original: nn.Module) -> AbsorbedSubmodule:
         if any(True for _ in child.parameters()):
             stub._modules[name] = _stub(slot, f"{path}.{name}", child)
     return stub
-
-
-def _load_slot(
-    slot: Slot,
-    state_dict: dict[str, Any],
-    prefix: str,
-    local_metadata: dict[str, Any],
-    missing_keys: list[str],
-    unexpected_keys: list[str],
-    error_msgs: list[str],
-) -> None:
-    """Load a slot's own keys with the original's code, whose messages and strictness are so the original's."""
-    refused = _refuse_distributed(slot, state_dict, prefix, error_msgs)
-    tree, before = _loadable_tree(slot)
-
-    def load(module: nn.Module, own: dict[str, Any], at: str) -> None:
-        metadata = dict(local_metadata)
-        if "version" in metadata and module is not tree:
-            # Torch does not hand a module its children's versions: a checkpoint that has ours is taken as current.
-            metadata["version"] = module._version
-        module._load_from_state_dict(own, at, metadata, True, missing_keys, unexpected_keys, error_msgs)
-        for name, child in module._modules.items():
-            if child is not None:
-                below = f"{at}{name}."
-                load(child, {key: value for key, value in own.items() if key.startswith(below)}, below)
-        for hook in () if module is tree else module._load_state_dict_post_hooks.values():
-            hook(module, _IncompatibleKeys(missing_keys, unexpected_keys))
-
-    load(tree, state_dict, prefix)
-    if not refused:
-        _take_over(slot, tree, before, prefix, error_msgs)
-
-
-def _take_over(slot: Slot, tree: nn.Module, before: "_Before", prefix: str, error_msgs: list[str]) -> None:
-    """Let the packed parameters have what was loaded into `tree`, where that was not done in place."""
-    assigned: dict[str, torch.Tensor] = {}
-    for name, part in slot.parts.items():
-        loaded = tensor_at(tree, name)
-        if part.kind == "whole":
-            put_tensor(slot.layout, part.packed[0], loaded)
-        elif loaded is not before[name][0] or _memory(loaded) != before[name][1]:
-            assigned[name] = loaded.detach()
-        elif part.kind == "assembled":
-            part.write(slot.packed, loaded)
-    _assign_parts(slot, assigned, prefix, error_msgs)
-    _keep_assigned(slot, tree)
-
-
-def _loadable_tree(slot: Slot) -> tuple[nn.Module, "_Before"]:
-    """The slot's tree with parameters where the original has them: torch assigns nothing else in their place.
-
-    Beside it, where each of these lies, to tell later which ones were assigned.
-    """
-    with torch.no_grad():
-        tree = slot.tree()
-        for name in slot.parts:
-            tensor = tensor_at(tree, name)
-            if isinstance(tensor_at(slot.skeleton, name), nn.Parameter) and not isinstance(tensor, nn.Parameter):
-                packed = (slot.packed(each) for each in slot.parts[name].packed)
-                put_tensor(tree, name, nn.Parameter(tensor, any(each.requires_grad for each in packed)))
-    tensors = {name: tensor_at(tree, name) for name in slot.parts}
-    return tree, {name: (tensor, _memory(tensor)) for name, tensor in tensors.items()}
-
-
-_Before = Mapping[str, tuple[torch.Tensor, object]]
-
-
-def _memory(tensor: torch.Tensor) -> object:
-    return tensor.dtype, tensor.device, tensor.untyped_storage()._cdata
-
-
-def _assign_parts(slot: Slot, assigned: Mapping[str, torch.Tensor], prefix: str, error_msgs: list[str]) -> None:
-    """`assign=True` of parts: in place, or into a packed parameter made anew if all of it comes in another dtype."""
-    kinds: dict[str, set[tuple[torch.dtype, torch.device]]] = {}
-    covered: dict[str, int] = {}
-    for name, loaded in assigned.items():
-        for reading in slot.parts[name].readings:
-            kinds.setdefault(reading.packed, set()).add((loaded.dtype, loaded.device))
-            covered[reading.packed] = covered.get(reading.packed, 0) + reading.numel(slot.packed)
-    for packed_name, (kind, *others) in kinds.items():
-        packed = slot.packed(packed_name)
-        if not others and kind != (packed.dtype, packed.device) and covered[packed_name] == packed.numel():
-            made: torch.Tensor = torch.empty_like(packed, dtype=kind[0], device=kind[1])
-            if isinstance(packed, nn.Parameter):
-                made = nn.Parameter(made, requires_grad=packed.requires_grad)
-            put_tensor(slot.layout, packed_name, made)
-    for name, loaded in assigned.items():
-        part = slot.parts[name]
-        packed = slot.packed(part.packed[0])
-        if any((loaded.dtype, loaded.device) != (each.dtype, each.device) for each in map(slot.packed, part.packed)):
-            error_msgs.append(
-                f"{prefix}{name} comes as {loaded.dtype} on {loaded.device}, and it is part of "
-                f"{', '.join(part.packed)}, which a kernel packs as {packed.dtype} on {packed.device}. Assign all that "
-                f"is packed there in one dtype and on one device, or load without assign=True."
-            )
-        else:
-            part.write(slot.packed, loaded)
-
-
-def _keep_assigned(slot: Slot, tree: nn.Module) -> None:
-    """What the load put into the shallow tree outside the packed parameters belongs to the skeleton."""
-    for path, module in tree.named_modules(remove_duplicate=False):
-        kept = slot.skeleton.get_submodule(path)
-        for registry, own in ((module._buffers, kept._buffers), (module._parameters, kept._parameters)):
-            for name, tensor in registry.items():
-                if (f"{path}.{name}" if path else name) not in slot.parts:
-                    own[name] = tensor
-
-
-def _refuse_distributed(slot: Slot, state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:
-    found = False
-    for name, part in slot.parts.items():
-        value = state_dict.get(prefix + name)
-        if part.kind != "whole" and hasattr(value, "device_mesh"):
-            error_msgs.append(
-                f"{prefix}{name} comes as a DTensor, and it is part of {', '.join(part.packed)}, which a kernel packs. "
-                f"Load full tensors, or remove the graft before loading sharded ones."
-            )
-            found = True
-    return found
-
-
-def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
-    """The parameter or buffer called `name` in `module`, read from torch's registries alone."""
-    path, _, last = name.rpartition(".")
-    for step in path.split(".") if path else ():
-        child = module._modules[step]
-        assert child is not None
-        module = child
-    tensor: torch.Tensor | None = module._parameters.get(last)
-    if tensor is None:
-        tensor = module._buffers[last]
-    assert tensor is not None
-    return tensor
-
-
-def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
-    """Put `tensor` where `module` has the parameter or buffer called `name`, whatever its class thinks of it."""
-    path, _, last = name.rpartition(".")
-    for step in path.split(".") if path else ():
-        child = module._modules[step]
-        assert child is not None
-        module = child
-    registry: dict[str, Any] = module._buffers if last in module._buffers else module._parameters
-    registry[last] = tensor
-
-
-def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers under the names of `state_dict()`, whose hooks are not run."""
-    found: dict[str, torch.Tensor] = {}
-    for path, each in module.named_modules(remove_duplicate=False):
-        prefix = f"{path}." if path else ""
-        saved = {k: v for k, v in each._buffers.items() if k not in each._non_persistent_buffers_set}
-        found |= {prefix + k: v for k, v in (*each._parameters.items(), *saved.items()) if v is not None}
-    return found
-
-
-def shallow_tree(module: nn.Module) -> nn.Module:
-    """A new tree of the same modules that shares everything but the dicts, in which tensors can be put freely.
-
-    Bound methods kept in attributes are bound to the copy. Accelerate's hook on a module is left out: the slot carries
-    it. So is what `Module.compile` keeps: it would run the module itself.
-    """
-    copy = module.__class__.__new__(module.__class__)
-    copy.__dict__.update(module.__dict__)
-    copy.__dict__.pop("_compiled_call_impl", None)
-    if "_hf_hook" in module.__dict__:
-        for name in _ACCELERATE:
-            copy.__dict__.pop(name, None)
-    for name, value in list(copy.__dict__.items()):
-        if isinstance(value, types.MethodType) and value.__self__ is module:
-            copy.__dict__[name] = types.MethodType(value.__func__, copy)
-    copy.__dict__["_parameters"] = dict(module._parameters)
-    copy.__dict__["_buffers"] = dict(module._buffers)
-    copy.__dict__["_modules"] = {
-        name: None if child is None else shallow_tree(child) for name, child in module._modules.items()
-    }
-    return copy

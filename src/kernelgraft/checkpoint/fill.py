@@ -8,7 +8,7 @@ from torch import nn
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
 from kernelgraft.recording import arguments_of
-from kernelgraft.slot import put_tensor, saved_tensors, tensor_at
+from kernelgraft.tree import put_tensor, saved_tensors, tensor_at
 
 
 def materialize(model: nn.Module) -> None:

@@ -1,0 +1,82 @@
+"""What a planner is given and what it gives: a `Subject`, and a `Blueprint` that a graft carries out."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from kernelgraft.binding import ClassKey
+from kernelgraft.choosing import Asked, Runs
+from kernelgraft.config import KernelConfig
+from kernelgraft.conversion.rules import Rules
+from kernelgraft.layouts import Made
+from kernelgraft.plan import KindPlan, Plan, SitePlan
+from kernelgraft.recording import Arguments
+from kernelgraft.soundness import Run
+
+
+@dataclass
+class Subject:
+    """The model that a plan is for, and what is known about it.
+
+    Attributes:
+        model: The model; on the meta device if it is being loaded.
+        live: Whether its parameters hold values.
+        arguments: What the `__init__` of the module at a path got, if that is known.
+        skeleton: The same model on the meta device, if there is one: there a forward costs nothing.
+        device_of: The device on which a parameter is, or will be.
+        dtype_of: The dtype in which a parameter will be loaded, `None` for the one that it has.
+        run: One forward of the model it is given, for the soundness of fusions.
+        tied: Parameters that will be tied after loading: target to source.
+        prefix: The `base_model_prefix`, "" if there is none.
+    """
+
+    model: nn.Module
+    live: bool
+    arguments: Callable[[str], Arguments | None]
+    skeleton: nn.Module | None = None
+    device_of: Callable[[str], torch.device] | None = None
+    dtype_of: Callable[[str], torch.dtype | None] = lambda _: None
+    run: Run | None = None
+    tied: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
+
+    def device(self, name: str, tensor: torch.Tensor) -> torch.device:
+        """Where the parameter called `name` is, or will be: on the CPU if nothing else is said of a skeleton's."""
+        if self.device_of is not None:
+            return self.device_of(name)
+        return torch.device("cpu") if tensor.is_meta else tensor.device
+
+
+@dataclass
+class PreparedSite:
+    """What a graft needs to make one site: the plan's part, what runs, the layout, and the classes of its slots."""
+
+    site: SitePlan
+    kind: KindPlan
+    asked: Asked
+    runs: Runs
+    keys: tuple[ClassKey, ...]
+    made: Made | None
+    rules: Rules | None
+
+
+@dataclass
+class PreparedFunction:
+    """What a graft needs to rebind one module's forward to function kernels."""
+
+    path: str
+    asked: tuple[Asked, ...]
+    runs: Runs
+    key: ClassKey
+
+
+@dataclass
+class Blueprint:
+    """A plan and what is needed to carry it out."""
+
+    plan: Plan
+    sites: list[PreparedSite]
+    functions: list[PreparedFunction]
+    config: KernelConfig
