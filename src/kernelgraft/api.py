@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -194,11 +193,5 @@ def save_pretrained(model: nn.Module, folder: str | Path, **kwargs: Any) -> None
         return
     from safetensors.torch import save_model  # `import kernelgraft` needs torch alone
 
-    # Safetensors refuses what does not fill its storage, as a part does that lies strided in a packed parameter.
-    state = {name: value if _is_complete(value) else value.contiguous() for name, value in model.state_dict().items()}
     Path(folder).mkdir(parents=True, exist_ok=True)
-    save_model(SimpleNamespace(state_dict=lambda: state), str(Path(folder) / SINGLE))  # type: ignore[arg-type]
-
-
-def _is_complete(tensor: torch.Tensor) -> bool:
-    return tensor.numel() * tensor.element_size() == tensor.untyped_storage().nbytes()
+    save_model(model, str(Path(folder) / SINGLE))

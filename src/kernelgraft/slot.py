@@ -162,7 +162,10 @@ class GraftedModule(nn.Module):
     """Base of the generated classes: answers for one path as the original module did."""
 
     def state_dict(self, *args: Any, destination: Any = None, prefix: str = "", keep_vars: bool = False) -> Any:
-        """As the original's: its names, order, metadata and values. The values are live views."""
+        """As the original's: its names, order, metadata and values.
+
+        The values are live views; a part that lies between others' elements in a packed parameter is a copy.
+        """
         slot: Slot = self.__dict__[KEY]
         if slot.site.packed_names:
             return super().state_dict(*args, destination=destination, prefix=prefix, keep_vars=keep_vars)
@@ -315,8 +318,11 @@ def _original_state(
         tensor = out.get(key)
         if part.kind == "view" and type(tensor) is torch.Tensor and tensor.device.type in ("cpu", "cuda"):
             # The same memory under a storage of its own: savers that look at storages take parts that share one for
-            # tied weights and drop all but one of them.
-            out[key] = from_dlpack(tensor)
+            # tied weights and drop all but one of them. A part with others' elements between its own has no storage
+            # that holds it alone, and savers refuse it or write the others too: it is given as a copy.
+            own = from_dlpack(tensor)
+            fills = own.untyped_storage().nbytes() == own.numel() * own.element_size()
+            out[key] = own if fills else own.contiguous()
     return out
 
 
