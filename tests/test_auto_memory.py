@@ -149,13 +149,14 @@ def test_a_load_that_raises_leaves_nothing_open(break_it, error, tmp_path, monke
     assert mappings(tmp_path) == []
 
 
-def test_a_load_leaves_no_file_and_no_thread_open(qwen3_folder):
-    load(qwen3_folder, GUIDE)
+def test_a_load_leaves_no_file_and_no_thread_open(tmp_path):
+    tiny.model("qwen3").save_pretrained(tmp_path)  # a folder that no other test has a model of
+    load(tmp_path, GUIDE)
     before = open_now()
-    model = load(qwen3_folder, GUIDE)
+    model = load(tmp_path, GUIDE)
     assert open_now() == before
     assert torch.isfinite(tiny.logits(model)).all()
-    assert mappings(qwen3_folder)  # the parameters hold the pages
+    assert mappings(tmp_path)  # the parameters hold the pages
     del model
     gc.collect()
-    assert mappings(qwen3_folder) == []
+    assert mappings(tmp_path) == []
