@@ -1,4 +1,4 @@
-"""What else a load may be made from: the Hub's cache, a config, a state dict, remote code, quantized files."""
+"""What else a load may be made from: the Hub's cache, a config, a state dict, remote code, adapters, quantized ones."""
 
 import shutil
 import sys

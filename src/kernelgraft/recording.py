@@ -100,7 +100,7 @@ def bind_arguments(
         return PlanError(
             f"{layout_class.__name__} {problem}. "
             f"The layout: {_shown(layout_class)}; the original: {_shown(original_class)}, built with "
-            f"({', '.join(f'{each.name}={each.value!r}' if each.name else repr(each.value) for each in given)}). "
+            f"({', '.join((f'{each.name}=' if each.name else '') + _short(each.value) for each in given)}). "
             f"{advice}, or define from_module(module) on the layout."
         )
 
@@ -145,7 +145,7 @@ def bind_arguments(
             more_kwargs[each.name] = each.value
         elif each.value is not None and not _same(each.value, each.default):
             what = repr(each.name) if each.name is not None else "an argument"
-            raise refused(f"does not take {what} = {each.value!r}", "Take it")
+            raise refused(f"does not take {what} = {_short(each.value)}", "Take it")
     return _call_form(parameters, taken, more_args, more_kwargs)
 
 
@@ -377,6 +377,12 @@ def _same(value: Any, default: Any) -> bool:
         return bool(value == default)
     except Exception:  # an __eq__ that gives no truth value, as numpy's
         return False
+
+
+def _short(value: Any) -> str:
+    """A value in a message: a config, say, by its class."""
+    text = repr(value)
+    return text if len(text) <= 80 and "\n" not in text else f"<{type(value).__name__}>"
 
 
 def _call_form(
