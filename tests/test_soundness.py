@@ -754,3 +754,32 @@ def test_accelerate_hooks_do_not_run():
     pairs = [site(f"model.layers.{index}", *POST) for index in range(3)]
     assert all(v.sound for v in check_soundness(model, pairs, forward_runner(model), live=False).values())
     assert same(before, flat_state(model))
+
+
+class WithResidual(nn.Module):
+    """The second member takes the parent's input besides the first one's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.add = nn.LayerNorm(4), Add()
+
+    def forward(self, x):
+        return self.add(self.norm(x), x)
+
+
+class Add(nn.Module):
+    def forward(self, hidden, residual):
+        return hidden + residual
+
+
+def test_what_a_kernel_would_not_see_is_said():
+    model = nn.Sequential(WithResidual())
+    run = example_runner(torch.zeros(2, 4, device="meta"))
+    members = ("0.norm", "0.add")
+    at_first, at_second = (FusionSite("0", members, host) for host in members)
+    found = check_soundness(model, [at_first], run, live=False)[at_first]
+    assert found.sound
+    assert "'add' takes more tensors, which a kernel at 'norm' does not see" in found.reason
+    found = check_soundness(model, [at_second], run, live=False)[at_second]
+    assert found.sound
+    assert "does not see" not in found.reason

@@ -76,6 +76,7 @@ class Trace:
         self.names = [relative(path, site.parent) for path in site.members]
         self.host = site.members.index(site.host)
         self.reasons: list[str] = []
+        self.unseen: list[str] = []
         self.ran_in: set[bool] = set()
         self.called_outside = False
         self.rounds: list[Round] = []
@@ -170,6 +171,9 @@ class Trace:
         first = args[0] if args else kwargs.get(first_parameter(forward), next(iter(kwargs.values()), None))
         if index and expected and index != self.host and not self.is_own(first):
             self.refuse(f"{name!r} takes {self.output(index - 1)}, but not as its first argument")
+        more = any(tensor is not first for tensor in tensors((args, kwargs)))
+        if more and index != self.host and name not in self.unseen:
+            self.unseen.append(name)
         if index == 0:
             this.input_shape = plain(first).shape if isinstance(first, torch.Tensor) else None
         args = mapped(args, self.unwrapped)
@@ -223,4 +227,7 @@ class Trace:
             return Verdict(None, "not checked: did not run")
         if self.ran_in != {False, True}:
             return Verdict(None, f"not checked: did not run in {'eval' if True in self.ran_in else 'train'}")
-        return Verdict(True, f"each output goes to the next member only, in eval and in train ({how})")
+        reason = f"each output goes to the next member only, in eval and in train ({how})"
+        for name in self.unseen:
+            reason += f"; {name!r} takes more tensors, which a kernel at {self.names[self.host]!r} does not see"
+        return Verdict(True, reason)
