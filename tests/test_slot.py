@@ -9,6 +9,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 
 import kernelgraft
+import tiny
 import twins
 import zoo
 from kernelgraft.errors import GraftError
@@ -315,3 +316,17 @@ def test_shared_memory(kind):
     assert_same_state(model.state_dict(), twin.state_dict())
     with torch.no_grad():
         torch.testing.assert_close(twins.run(kind, model.eval()), twins.run(kind, twin.eval()))
+
+
+def test_freezing_an_absorbed_module_freezes_what_holds_its_weights():
+    model = tiny.model("qwen3")
+    graft = kernelgraft.graft(model, tiny.guide_config())
+    layer = model.model.layers[0]
+    layer.mlp.requires_grad_(False)
+    host = layer.post_attention_layernorm
+    frozen = {name for name, parameter in host.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"gate_up_proj.weight", "down_proj.weight"}
+    assert host.scale.requires_grad
+    graft.remove()
+    assert not any(parameter.requires_grad for parameter in layer.mlp.parameters())
+    assert layer.post_attention_layernorm.weight.requires_grad

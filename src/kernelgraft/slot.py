@@ -5,6 +5,7 @@ of its parameters is read as a view of the packed parameters. No hook on the mod
 answers for its own path, through the original's own code run on a shallow tree of the skeleton.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -149,6 +150,14 @@ class Slot:
             return functional_call(self.skeleton, self.tensors(), args, kwargs, tie_weights=False)
         return self.tree().forward(*args, **kwargs)
 
+    def owned(self) -> dict[str, bool]:
+        """The packed parameters that hold this slot's weights, and whether they hold no other slot's."""
+        held: dict[str, int] = {}
+        for part in self.parts.values():
+            for name in part.packed:
+                held[name] = held.get(name, 0) + math.prod(part.shape)
+        return {name: numel >= self.packed(name).numel() for name, numel in held.items()}
+
     def original_attribute(self, name: str) -> Any:
         """What `name` was on the original: a parameter reads as its view, a submodule as a shallow tree."""
         if name in self.parts:
@@ -206,6 +215,25 @@ class GraftedModule(nn.Module):
         """Sets the mode here and in the original, whose forward may depend on it."""
         self.__dict__[KEY].skeleton.train(mode)
         return super().train(mode)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """As the original's. Where a host holds the weights, they are switched there, if it holds no other slot's too.
+
+        Raises:
+            GraftError: One packed parameter holds weights of this module and of another.
+        """
+        slot: Slot = self.__dict__[KEY]
+        if not slot.is_host:
+            owned = slot.owned()
+            shared = [name for name, alone in owned.items() if not alone]
+            if shared:
+                raise GraftError(
+                    f"{slot.path}.requires_grad_({requires_grad}) would switch {', '.join(shared)} of the graft, which "
+                    f"holds weights of other modules too. Switch {slot.site.host}, or remove the graft first."
+                )
+            for name in owned:
+                slot.packed(name).requires_grad_(requires_grad)
+        return super().requires_grad_(requires_grad)
 
     def __getattr__(self, name: str) -> Any:
         try:
