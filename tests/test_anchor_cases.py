@@ -217,8 +217,8 @@ def test_a_disk_that_fails_while_weights_are_read_leaves_nothing_behind(qwen3_fo
         raise OSError("the disk is gone")
 
     with monkeypatch.context() as patch:
-        patch.setattr("kernelgraft.checkpoint.reader.FileTensor.read", fails)
-        with pytest.raises(OSError, match="the disk is gone"):
+        patch.setattr("kernelgraft.checkpoint.positioned.preadv", fails)
+        with pytest.raises(CheckpointError, match=r"model\.safetensors: \S+ cannot be read at byte \d+: the disk is gone"):
             load(qwen3_folder)
     assert_guide_kernels_run(load(qwen3_folder), plain)
 

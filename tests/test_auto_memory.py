@@ -111,7 +111,7 @@ def break_index(folder, monkeypatch):
 
 
 def break_reading(folder, monkeypatch):
-    from kernelgraft.checkpoint.reader import FileTensor
+    from kernelgraft.checkpoint.files import FileTensor
 
     def read(self):
         raise OSError("the disk is gone")

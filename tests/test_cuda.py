@@ -97,3 +97,83 @@ def test_a_captured_graph_goes_on_with_new_weights(qwen3_folder):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(out, site(hidden))
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_an_update_takes_no_memory_of_the_device(streamed, qwen3_folder):
+    model = load(qwen3_folder, device_map="cuda")
+    new = {name: -tensor for name, tensor in model.state_dict().items()}
+    pointers = [parameter.data_ptr() for parameter in model.parameters()]
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert graft_of(model).update(iter(new.items()) if streamed else new) == []
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() == before
+    assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+    assert all(torch.equal(tensor, new[name]) for name, tensor in model.state_dict().items())
+
+
+OTHERS = {
+    "cpu": lambda tensor: tensor.cpu(),
+    "pinned": lambda tensor: tensor.cpu().pin_memory(),
+    "half": lambda tensor: tensor.bfloat16(),
+    "half on the cpu": lambda tensor: tensor.bfloat16().cpu(),
+}
+
+
+@pytest.mark.parametrize("see", OTHERS.values(), ids=OTHERS)
+def test_an_update_from_elsewhere(see, qwen3_folder):
+    model = load(qwen3_folder, device_map="cuda")
+    new = {name: see(-tensor) for name, tensor in model.state_dict().items()}
+    assert graft_of(model).update(new) == []
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, new[name].to("cuda", tensor.dtype)), name
+
+
+def test_a_pinned_buffer_can_be_refilled_at_once(qwen3_folder):
+    model = load(qwen3_folder, device_map="cuda")
+    new = {name: -tensor.cpu() for name, tensor in model.state_dict().items()}
+    buffer = torch.empty(max(tensor.numel() for tensor in new.values()), pin_memory=True)
+
+    def stream():
+        for name, tensor in new.items():
+            yield name, buffer[: tensor.numel()].view(tensor.shape).copy_(tensor)
+            buffer.zero_()
+
+    assert graft_of(model).update(stream()) == []
+    assert all(torch.equal(tensor.cpu(), new[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_captured_graph_goes_on_with_the_weights_of_a_checkpoint(dtype, qwen3_folder, tmp_path):
+    other = tiny.model("qwen3", seed=1)
+    other.save_pretrained(tmp_path)
+    model = load(qwen3_folder, device_map="cuda", dtype=dtype)
+    site = model.model.layers[1].post_attention_layernorm
+    hidden = torch.randn(1, 4, 32, device="cuda", dtype=dtype)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.no_grad():
+        with torch.cuda.stream(stream):
+            site(hidden)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = site(hidden)
+        pointers = [parameter.data_ptr() for parameter in model.parameters()]
+        assert graft_of(model).update(tmp_path) == []
+        assert [parameter.data_ptr() for parameter in model.parameters()] == pointers
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(out, site(hidden))
+    for (name, ours), theirs in zip(model.state_dict().items(), other.state_dict().values(), strict=True):
+        assert torch.equal(ours.cpu(), theirs.to(dtype)), name
+
+
+@pytest.mark.parametrize("size", ["50GB", "20KB"])
+def test_a_save_from_the_gpu(size, qwen3_folder, tmp_path):
+    plain_load(qwen3_folder).save_pretrained(tmp_path / "theirs", max_shard_size=size)
+    load(qwen3_folder, device_map="cuda").save_pretrained(tmp_path / "ours", max_shard_size=size)
+    for theirs in (tmp_path / "theirs").iterdir():
+        assert (tmp_path / "ours" / theirs.name).read_bytes() == theirs.read_bytes(), theirs.name

@@ -14,9 +14,12 @@ import zoo
 from kernelgraft.errors import ConversionError
 from twins import KINDS, TRANSFORMERS, assert_same_state, assert_same_tensors, pair
 
+RECORD = "kernelgraft.json"
+
 
 def written(folder):
-    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    """Every file but our record, which only a grafted model leaves."""
+    return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir()) if file.name != RECORD}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,8 +76,10 @@ def test_save_pretrained(kind, options, tmp_path):
     twin.save_pretrained(tmp_path / "twin", **options)
     assert written(tmp_path / "model") == written(tmp_path / "twin")
     assert json.loads((tmp_path / "model" / "config.json").read_text())["architectures"] == [type(twin).__name__]
-    kernelgraft.save_pretrained(model, tmp_path / "ours", **options)
-    assert written(tmp_path / "ours") == written(tmp_path / "twin")
+    for name, each in (("ours", model), ("ours-untouched", twin)):
+        kernelgraft.save_pretrained(each, tmp_path / name, **options)
+        assert written(tmp_path / name) == written(tmp_path / "twin")
+        assert (tmp_path / name / RECORD).exists() == (each is model)
     loaded = type(twin).from_pretrained(tmp_path / "model")
     assert_same_state(loaded.state_dict(), twin.state_dict())
     assert graft.is_applied
@@ -152,7 +157,7 @@ def test_the_trainer_trains_saves_and_resumes(kind, tmp_path):
     torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()), rtol=1e-3, atol=1e-4)
     checkpoint = tmp_path / "model" / "checkpoint-2"
     theirs = tmp_path / "twin" / "checkpoint-2"
-    assert {file.name for file in checkpoint.iterdir()} == {file.name for file in theirs.iterdir()}
+    assert {file.name for file in checkpoint.iterdir()} == {file.name for file in theirs.iterdir()} | {RECORD}
     saved, expected = (load_file(str(folder / "model.safetensors")) for folder in (checkpoint, theirs))
     assert list(saved) == list(expected)
     assert {name: tensor.shape for name, tensor in saved.items()} == {n: t.shape for n, t in expected.items()}

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernelgraft import compat
+from kernelgraft import compat, recorded_config, saving
 from kernelgraft.blueprint import Blueprint, Subject
-from kernelgraft.checkpoint.fill import check_names, fill_from, materialize
-from kernelgraft.checkpoint.reader import SINGLE, Checkpoint, checkpoint_files
+from kernelgraft.checkpoint.files import Checkpoint, checkpoint_files
+from kernelgraft.checkpoint.fill import all_or_nothing, check_names, fill_from, materialize
 from kernelgraft.config import KernelConfig
 from kernelgraft.errors import PlanError
 from kernelgraft.graft import Graft, apply_blueprint, graft_of
@@ -40,7 +40,7 @@ def plan(model: nn.Module, config: Any, *, example_inputs: Any = None) -> Plan:
     return _blueprint(model, config, example_inputs, live=live).plan
 
 
-def graft(model: nn.Module, config: Any, *, example_inputs: Any = None) -> Graft:
+def graft(model: nn.Module, config: Any, *, example_inputs: Any = None, verify: bool = False) -> Graft:
     """Put kernels into a model that is there, in place.
 
     The model keeps its identity and its weights; `state_dict()` keeps its original names. The default table of kernels
@@ -51,14 +51,22 @@ def graft(model: nn.Module, config: Any, *, example_inputs: Any = None) -> Graft
         config: A `KernelConfig`, Transformers' own, a mapping, or the path of a TOML file.
         example_inputs: Inputs of one forward (a tuple, or a dict of keywords), by which the soundness of fusions is
             checked. Models of Transformers need none.
+        verify: Whether one site of each kind is verified at once, on `example_inputs` or drawn ones, as by
+            `Graft.verify`. If a kernel fails, the graft is taken out again.
 
     Returns:
         The graft. `graft.remove()`, or leaving it as a context manager, gives the original modules back.
 
     Raises:
         KernelGraftError: The config, a kernel or the graft is refused. Nothing has changed.
+        VerificationError: A kernel does not answer as the original does. The model is as it was.
     """
-    return apply_blueprint(model, _blueprint(model, config, example_inputs, live=True))
+    made = apply_blueprint(model, _blueprint(model, config, example_inputs, live=True))
+    if verify:
+        from kernelgraft.verify import verify_or_remove
+
+        verify_or_remove(made, example_inputs)
+    return made
 
 
 def _blueprint(
@@ -168,30 +176,39 @@ def load(
     blueprint = None
     if config is not None:
         blueprint = _blueprint(model, config, example_inputs, live=not on_meta, device=device if on_meta else None)
-    fill_from(model, checkpoint, torch.device(device))
-    if blueprint is not None:
-        apply_blueprint(model, blueprint)
-    else:
-        materialize(model)
+    with all_or_nothing(model):
+        fill_from(model, checkpoint, torch.device(device))
+        if blueprint is not None:
+            apply_blueprint(model, blueprint)
+        else:
+            materialize(model)
     return model
 
 
 def save_pretrained(model: nn.Module, folder: str | Path, **kwargs: Any) -> None:
     """Save a model, grafted or not, under its original names, so that the untouched model loads it.
 
+    Weights are streamed from where they are by a few threads, and the folder holds the old checkpoint until the new one
+    takes its place in one step. A grafted model leaves `kernelgraft.json` beside its weights, which says what kernels
+    it had: `from_pretrained(folder, kernel_config="recorded")` loads it with them.
+
     Args:
-        model: Any module. One of Transformers is saved by its own `save_pretrained`, with `kwargs`.
-        folder: Where to; made if it is not there.
-        **kwargs: For Transformers' `save_pretrained`.
+        model: Any module. What is written for one of Transformers is what its own `save_pretrained` writes.
+        folder: Where to; made if it is not there. Other files in it stay.
+        **kwargs: For a model of Transformers, those of its `save_pretrained`; for other modules `max_shard_size`.
 
     Raises:
         ConversionError: A rule of the graft has no inverse, so that original weights cannot be had.
+        CheckpointError: Something in the state cannot stand in a checkpoint.
+        SaveError: The files cannot be written. What was in the folder has not changed.
     """
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    graft = graft_of(model)
     own = getattr(model, "save_pretrained", None)
-    if own is not None:
+    if compat.is_pretrained(model):
+        saving.save_pretrained(model, graft, folder, **kwargs)
+    elif own is None:
+        saving.save_model(model, graft, folder, **kwargs)
+    else:
         own(folder, **kwargs)
-        return
-    from safetensors.torch import save_model  # `import kernelgraft` needs torch alone
-
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    save_model(model, str(Path(folder) / SINGLE))
+        recorded_config.put(Path(folder), recorded_config.record_of(graft, folder))

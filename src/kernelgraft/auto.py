@@ -17,13 +17,16 @@ import torch
 import transformers
 from torch import nn
 
-from kernelgraft import compat
+from kernelgraft import compat, recorded_config
 from kernelgraft.api import subject_of
 from kernelgraft.blueprint import Blueprint
-from kernelgraft.checkpoint.reader import Checkpoint
+from kernelgraft.checkpoint.files import Checkpoint
+from kernelgraft.checkpoint.fill import materialize
+from kernelgraft.checkpoint.naming import load_lazily
 from kernelgraft.config import KernelConfig
 from kernelgraft.entry import Entry
 from kernelgraft.graft import Graft, apply_blueprint, root_class
+from kernelgraft.meta import WithoutDrawing
 from kernelgraft.plan import Rejected
 from kernelgraft.planner import make_blueprint
 from kernelgraft.recording import Recording, recorded
@@ -31,25 +34,32 @@ from kernelgraft.recording import Recording, recorded
 
 @dataclass
 class _Load:
-    """One call of `from_pretrained`: what was asked for, and how far it has come."""
+    """One call of `from_pretrained`: what was asked for (without a config, no graft), and how far it has come."""
 
-    config: KernelConfig
+    config: KernelConfig | None = None
     inherited: Sequence[Entry] = ()
     rejected: tuple[Rejected, ...] = ()
     recording: Recording | None = None
     blueprint: Blueprint | None = None
+    is_lazy: bool = False
     graft: Graft | None = None
+    verify: bool = False
     original: type[nn.Module] | None = None
+    record: recorded_config.Recorded | None = None
     stack: ExitStack = field(default_factory=ExitStack)
 
     def plan(self, model: nn.Module, *, live: bool, load_config: Any = None) -> Blueprint:
         """Plan the graft of this load's model, which will be filled as `load_config` says if it is not `live`."""
+        assert self.config is not None
         subject = subject_of(model, live=live, recording=self.recording)
         if load_config is not None:
             subject.dtype_of = compat.loaded_dtypes(load_config)
             if load_config.device_map:
                 subject.device_of = partial(_device_in, load_config.device_map)
-        return make_blueprint(subject, self.config, self.inherited, self.rejected)
+        blueprint = make_blueprint(subject, self.config, self.inherited, self.rejected)
+        if self.record is not None:
+            self.record.check(blueprint.plan)
+        return blueprint
 
 
 def from_pretrained(
@@ -62,23 +72,33 @@ def from_pretrained(
         pretrained_model_name_or_path: A Hub id or a folder; `None` beside a `state_dict`, as in Transformers.
         *model_args: As in Transformers.
         **kwargs: As in Transformers' `from_pretrained`, in which `use_kernels` and `kernel_config` are ours:
-            `kernel_config` is a `KernelConfig` (or Transformers' own, a mapping, or the path of a TOML file), and
-            `use_kernels=True` without one takes Transformers' default table. `use_kernels=False` puts nothing in.
+            `kernel_config` is a `KernelConfig` (or Transformers' own, a mapping, or the path of a TOML file), or
+            `"recorded"` for the one that the model was saved with (see `kernelgraft.save_pretrained`), and
+            `use_kernels=True` without one takes Transformers' default table. Without either nothing is put in, and the
+            checkpoint is read our way; `use_kernels=False` leaves all of it to Transformers. With `verify=True` one
+            site of each kind is verified as by `Graft.verify`, and a kernel that fails is refused.
 
     Returns:
         What Transformers returns; `kernelgraft.graft_of(model)` is the graft.
 
     Raises:
         KernelGraftError: The config, a kernel or the graft is refused.
+        VerificationError: A kernel does not answer as the original does.
     """
+    verify = bool(kwargs.pop("verify", False))
     kernel_config = kwargs.pop("kernel_config", None)
     use_kernels = kwargs.pop("use_kernels", None)
-    if use_kernels is False or (use_kernels is None and kernel_config is None):
+    if use_kernels is False:
         return cls.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)  # type: ignore[attr-defined]
-    config = KernelConfig({}) if kernel_config is None else KernelConfig.of(kernel_config)
-    load = _Load(config)
-    if config.inherits:
-        load.inherited, load.rejected = compat.default_table()
+    record = None
+    if (said := recorded_config.asked(kernel_config)) is not None:
+        record = recorded_config.read(pretrained_model_name_or_path, said, **kwargs)
+        kernel_config = record.config
+    load = _Load(record=record, verify=verify)
+    if kernel_config is not None or use_kernels:
+        load.config = KernelConfig({}) if kernel_config is None else KernelConfig.of(kernel_config)
+        if load.config.inherits:
+            load.inherited, load.rejected = compat.default_table()
     loading: Any = _auto_class(cls, load) if hasattr(cls, "_model_mapping") else _loading_class(cls, load)
     with load.stack:
         found = loading.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
@@ -90,10 +110,16 @@ def _finish(load: _Load, model: nn.Module) -> None:
     """The model gets its own class back; where it was not loaded our way, it is grafted in place."""
     if load.original is not None:
         model.__class__ = load.original
+    if load.config is None:
+        return
     if load.graft is None:
         load.graft = apply_blueprint(model, load.plan(model, live=True))
     else:
         model.__class__ = root_class(type(model))
+    if load.verify:
+        from kernelgraft.verify import verify_or_remove
+
+        verify_or_remove(load.graft)
 
 
 def _device_in(device_map: Mapping[str, Any], name: str) -> torch.device:
@@ -140,7 +166,10 @@ def _loading_class(cls: Any, load: _Load) -> Any:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         load.original = cls
-        with recorded() as load.recording:
+        with ExitStack() as stack:
+            stack.enter_context(WithoutDrawing())
+            if load.config is not None and (load.config.entries or load.inherited):
+                load.recording = stack.enter_context(recorded())
             cls.__init__(self, *args, **kwargs)
 
     def _load_pretrained_model(
@@ -148,9 +177,11 @@ def _loading_class(cls: Any, load: _Load) -> Any:
     ) -> Any:
         if state_dict is None and _is_ours(checkpoint_files, load_config):
             model.__class__ = cls
-            load.blueprint = load.plan(model, live=False, load_config=load_config)
-            state_dict = dict(load.stack.enter_context(Checkpoint(checkpoint_files)))
-            checkpoint_files = None
+            load.is_lazy = True
+            if load.config is not None:
+                load.blueprint = load.plan(model, live=False, load_config=load_config)
+            checkpoint = load.stack.enter_context(Checkpoint(checkpoint_files))
+            return load_lazily(model, checkpoint, load_config, expected_keys)
         return cls._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
@@ -160,6 +191,8 @@ def _loading_class(cls: Any, load: _Load) -> Any:
             # While Transformers goes on, it must not find our `use_kernels`, which it would switch off.
             model.__class__ = loading
             load.stack.enter_context(load.graft.packed_names())
+        elif load.is_lazy:
+            materialize(model)
         return info
 
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:

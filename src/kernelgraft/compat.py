@@ -4,6 +4,7 @@ With `auto.py` the only module that imports Transformers, and it does so only in
 """
 
 import copy
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,14 +14,20 @@ from torch import nn
 
 from kernelgraft.config import KernelConfig
 from kernelgraft.entry import Entry
+from kernelgraft.functions import with_globals
 from kernelgraft.plan import Rejected
 from kernelgraft.recording import Recording, recorded
 
 
 def is_pretrained(model: nn.Module) -> bool:
     """Whether `model` is one of Transformers', without importing it."""
+    return is_pretrained_class(type(model))
+
+
+def is_pretrained_class(cls: type) -> bool:
+    """Whether `cls` is a model class of Transformers, without importing it."""
     utils = sys.modules.get("transformers.modeling_utils")
-    return utils is not None and isinstance(model, utils.PreTrainedModel)
+    return utils is not None and issubclass(cls, utils.PreTrainedModel)
 
 
 def skeleton_of(model: nn.Module) -> tuple[nn.Module, Recording] | None:
@@ -66,6 +73,58 @@ def reads_whole_files(load_config: Any, files: Iterable[str]) -> bool:
 
     on_hf_mount = getattr(modeling_utils, "_is_on_hf_mount", lambda _: False)
     return bool(load_config.disable_mmap) or any(on_hf_mount(file) for file in files)
+
+
+def save_arguments(model: Any, *args: Any, **kwargs: Any) -> dict[str, Any] | None:
+    """The arguments of a call of Transformers' `save_pretrained`, by name; `None` if it takes others."""
+    signature = inspect.signature(sys.modules["transformers.modeling_utils"].PreTrainedModel.save_pretrained)
+    try:
+        said = signature.bind(model, *args, **kwargs).arguments
+    except TypeError:
+        return None
+    own = next(iter(signature.parameters))
+    return {**{name: value for name, value in said.items() if name not in (own, "kwargs")}, **said.get("kwargs", {})}
+
+
+def saves_by_itself(model: Any, said: Mapping[str, Any]) -> bool:
+    """Whether this process alone saves the whole model, and nothing but saves it."""
+    return (
+        writes_whole_model(model, said)
+        and not said.get("push_to_hub")
+        and not said.get("distributed_checkpoint")
+        and getattr(model, "hf_quantizer", None) is None
+        and getattr(model.config, "distributed_config", None) is None
+        and getattr(model, "_tp_size", None) is None
+    )
+
+
+def writes_whole_model(model: Any, said: Mapping[str, Any]) -> bool:
+    """Whether this process writes files, and not those of an adapter alone."""
+    main = bool(said.get("is_main_process", True))
+    ask = getattr(model, "should_save_on_this_rank", None)
+    return (main if ask is None else bool(ask(main))) and not getattr(model, "_hf_peft_config_loaded", False)
+
+
+def saving_class(cls: Any, replacements: Callable[[Mapping[str, Any]], Mapping[str, Any]]) -> Any:
+    """A model class whose `save_pretrained` calls other functions than Transformers' in some places.
+
+    Args:
+        cls: The class; what it has around Transformers' `save_pretrained` stays around it.
+        replacements: Gives, by their global names, what is called in the place of the functions that it gets.
+
+    Returns:
+        The subclass, or `None` if Transformers' code is not made of these functions.
+    """
+    base = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    theirs = base.save_pretrained
+    calls = inspect.unwrap(theirs)
+    new = replacements(calls.__globals__)
+    if not all(name in calls.__globals__ and name in calls.__code__.co_names for name in new):
+        return None
+    named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
+    # In the order of bases it comes right before Transformers' own, so that `super().save_pretrained` finds it.
+    layer = type(base.__name__, (base,), {"__module__": base.__module__, "save_pretrained": with_globals(theirs, new)})
+    return type(cls.__name__, (cls, layer), named)
 
 
 def base_prefix(model: nn.Module) -> str:

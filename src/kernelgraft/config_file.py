@@ -61,8 +61,14 @@ def read(path: Path) -> tuple[list[tuple[Target, Any]], dict[str, Any]]:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{str(path)!r} cannot be read as TOML: {error}. A kernel is written\n{_EXAMPLE}") from error
+    return read_tables(content, path)
+
+
+def read_tables(content: Mapping[str, Any], path: Path) -> tuple[list[tuple[Target, Any]], dict[str, Any]]:
+    """Reads what a file says, already parsed; `path` is the file, for messages and for relative paths."""
     _refuse_unknown(content, ("kernel", *_OPTIONS), f"{str(path)!r}")
-    tables = content.pop("kernel", [])
+    options = {name: value for name, value in content.items() if name != "kernel"}
+    tables = content.get("kernel", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise ConfigTypeError(f"{str(path)!r}: 'kernel' is {tables!r}, not a list of tables. Write\n{_EXAMPLE}")
     local = content.get("use_local_kernel", False) is True
@@ -82,7 +88,7 @@ def read(path: Path) -> tuple[list[tuple[Target, Any]], dict[str, Any]]:
             raise ConfigTypeError(f"{str(path)!r}: {option} is {content[option]!r}. Write true or false.")
     if content.get("fallback", "error") not in ("error", "reference"):
         raise ConfigError(f'{str(path)!r}: fallback is {content["fallback"]!r}. Write "error" or "reference".')
-    return [(target, _plain(by_device)) for target, by_device in found.items()], content
+    return [(target, _plain(by_device)) for target, by_device in found.items()], options
 
 
 def _plain(by_device: dict[Any, dict[str | None, Any]]) -> Any:
@@ -149,11 +155,16 @@ def write(config: KernelConfig, path: Path) -> None:
 
     folder = path.absolute().parent
     content: dict[str, Any] = config._changed_options()
-    content["kernel"] = [_table(entry, choice, folder) for entry in config.entries for choice in entry.choices]
+    content["kernel"] = [table_of(entry, choice, folder) for entry in config.entries for choice in entry.choices]
     path.write_text(tomli_w.dumps(content), encoding="utf-8")
 
 
-def _table(entry: Entry, choice: Choice, folder: Path) -> dict[str, Any]:
+def table_of(entry: Entry, choice: Choice, folder: Path) -> dict[str, Any]:
+    """One `[[kernel]]` table; paths in `folder` are relative to it.
+
+    Raises:
+        ConfigError: What is to run is an object of this process.
+    """
     use = choice.use
     if use is not None and not isinstance(use, KernelReference):
         raise ConfigError(
@@ -161,7 +172,7 @@ def _table(entry: Entry, choice: Choice, folder: Path) -> dict[str, Any]:
             f"({type(use).__name__}). Name the kernel by a reference, such as './file.py:KernelName'."
         )
     key = {"replaces": entry.target} if isinstance(entry.target, str) else {"fuses": [list(p) for p in entry.target]}
-    table: dict[str, Any] = {**key, "use": "" if use is None else _text(use, folder)}
+    table: dict[str, Any] = {**key, "use": "" if use is None else text_in(use, folder)}
     if use is not None:
         table.update(use.metadata)
     if choice.device is not None:
@@ -171,7 +182,8 @@ def _table(entry: Entry, choice: Choice, folder: Path) -> dict[str, Any]:
     return table
 
 
-def _text(use: KernelReference, folder: Path) -> str:
+def text_in(use: KernelReference, folder: Path) -> str:
+    """A reference as a file in `folder` has it."""
     if use.kind != "path":
         return str(use)
     inside = use.path.is_relative_to(folder)

@@ -4,6 +4,8 @@ Every message says what was asked, what was found, and what to write instead. Er
 also `ValueError` or `TypeError`, so that code which knows nothing of this package can catch them.
 """
 
+from typing import Any
+
 
 class KernelGraftError(Exception):
     """Base class of everything that this package raises on purpose."""
@@ -33,5 +35,21 @@ class CheckpointError(KernelGraftError, ValueError):
     """A checkpoint is missing, broken, or does not fit the model."""
 
 
+class SaveError(KernelGraftError, OSError):
+    """A checkpoint could not be written. What was there before is there still."""
+
+
 class GraftError(KernelGraftError, RuntimeError):
     """A graft cannot do what was asked in the state that the model is in."""
+
+
+class VerificationError(KernelGraftError, RuntimeError):
+    """A grafted model does not answer as the original does, or this cannot be tried.
+
+    Attributes:
+        report: The `kernelgraft.verify.Report` of what was tried; `None` if nothing could be.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report

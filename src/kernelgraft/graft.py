@@ -5,17 +5,18 @@ nothing, and `remove()` gives back the same module objects with the current weig
 """
 
 import contextlib
-import difflib
+import functools
 import logging
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from kernelgraft import compat
 from kernelgraft.binding import ClassKey, Rebound, bound_class, traces_of
 from kernelgraft.blueprint import Blueprint
 from kernelgraft.checkpoint.fill import materialize
@@ -25,8 +26,15 @@ from kernelgraft.errors import GraftError
 from kernelgraft.install import install_site, rebind_function, restore_site
 from kernelgraft.kernel import load_kernel
 from kernelgraft.plan import Plan
+from kernelgraft.recorded_config import described
+from kernelgraft.saving import save_pretrained
 from kernelgraft.slot import KEY, GraftedModule, Site, Slot
 from kernelgraft.tree import saved_tensors
+from kernelgraft.update import Weights, update
+
+if TYPE_CHECKING:
+    from kernelgraft import benchmark as benchmarks
+    from kernelgraft.verify import Report
 
 logger = logging.getLogger("kernelgraft")
 
@@ -68,6 +76,7 @@ class Graft:
     Attributes:
         model: The grafted model.
         plan: What was done.
+        asked: The config that asked for it, as plain data.
     """
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
@@ -76,6 +85,7 @@ class Graft:
         self._installed: list[Installed] = []
         self._original_class = type(model)
         self._traces_before: dict[ClassKey, int] = {}
+        self.asked: dict[str, Any] = {}
 
     def __enter__(self) -> "Graft":
         return self
@@ -197,46 +207,111 @@ class Graft:
         finally:
             _switch(sites, name, -1)
 
-    def update(self, tensors: Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]]) -> list[str]:
-        """Write new weights, given under original names, into their places; part by part if they are streamed.
+    def update(self, tensors: Weights) -> list[str]:
+        """Write new weights, given under original names, into their places: all of them, or some.
 
-        Nothing is allocated: every packed parameter keeps its `data_ptr`, and a captured CUDA graph goes on.
+        Nothing is allocated and nothing is held: every packed parameter keeps its `data_ptr`, a captured CUDA graph
+        goes on, and an iterator is taken one tensor at a time. Copies run on the current stream.
 
         Args:
-            tensors: Original names and tensors, of any dtype and device.
+            tensors: Original names and tensors, of any dtype and device; or a checkpoint that has them: a safetensors
+                file, an index of shards, a folder with either, or a Hub id. Lazy tensors in a mapping are read in one
+                pass, straight into their places.
 
         Returns:
             The original parameter names that were not among them.
 
         Raises:
-            GraftError: A name is none of the model's, or a shape does not fit. What came before it has been written.
+            GraftError: A name is none of the model's, a shape does not fit, or the parameter cannot be written where it
+                is now. What came before it has been written; of a checkpoint, which is looked through first, nothing.
+            ConversionError: The kernel's rule has no inverse, so that the packed parameters do not hold the original.
+            CheckpointError: The checkpoint is none, or could not be read to its end.
         """
         if not self.is_applied:
             raise GraftError("The graft was removed, so it has nothing to update. Use the model's load_state_dict.")
-        items = tensors.items() if isinstance(tensors, Mapping) else tensors
-        slots = self._slots()
-        plain: dict[str, torch.Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
-        plain |= self.model.named_buffers(remove_duplicate=False)
-        left = dict.fromkeys(self._parameters())
-        tied: dict[int, list[str]] = {}
-        for name, holders in self._parameters().items():
-            for holder in holders[:1]:
-                tied.setdefault(id(holder), []).append(name)
-        for name, tensor in items:
-            path, local = _split(name, slots)
-            part = None if path is None else slots[path].parts.get(local)
-            whole = plain.get(name) if path is None else _whole(slots[path], local)
-            known = part if whole is None else whole
-            if known is None or tuple(known.shape) != tuple(tensor.shape):
-                raise GraftError(_does_not_fit(name, tensor, known, left))
-            if whole is not None:
-                with torch.no_grad():
-                    whole.copy_(tensor)
-            elif part is not None and path is not None:
-                part.write(slots[path].packed, tensor)
-            for each in (name, *tied.get(id(whole), ())):
-                left.pop(each, None)
-        return list(left)
+        return update(self.model, tensors)
+
+    def verify(
+        self,
+        inputs: Any = None,
+        *,
+        every_site: bool = True,
+        whole_model: bool = True,
+        gradients: bool = True,
+        dtypes: Sequence[torch.dtype] | None = None,
+        seed: int = 0,
+    ) -> "Report":
+        """Compare kernels and originals on the model's own activations and on odd inputs made of them.
+
+        Args:
+            inputs: Inputs of one forward (a tensor, a tuple, or a dict of keywords). Models of Transformers need none.
+            every_site: Whether each site runs on the activations, and not only one of each kind.
+            whole_model: Whether the whole model's outputs, greedy tokens and loss are compared too.
+            gradients: Whether gradients are compared, also of a model in eval mode.
+            dtypes: Dtypes to try besides the one in use; by default float32, and bfloat16 and float16 where a
+                kernel's `supports` takes them.
+            seed: What is drawn is drawn with it.
+
+        Returns:
+            The report: `passed`, `failures`, `raise_for_failures()`, `to_json()`; `print` it. The model is as it was.
+
+        Raises:
+            VerificationError: Inputs are needed, or the model does not run on them.
+        """
+        from kernelgraft.verify import verify
+
+        return verify(
+            self,
+            inputs,
+            every_site=every_site,
+            whole_model=whole_model,
+            gradients=gradients,
+            dtypes=dtypes,
+            seed=seed,
+        )
+
+    def benchmark(
+        self,
+        inputs: Any = None,
+        *,
+        tokens: Sequence[int] = (1, 32, 512),
+        whole_model: bool = True,
+        repeats: int = 20,
+        seed: int = 0,
+        verified: "Report | None" = None,
+    ) -> "benchmarks.Report":
+        """Time kernels and originals in turn: one site of each kind, and the whole model.
+
+        Sites run outside of the model, on its activations, in as many tokens as asked for; the whole model runs a
+        prefill, the decoding of one token after a cache of so many, and a training step. On CUDA caches are cold.
+
+        Args:
+            inputs: Inputs of one forward (a tensor, a tuple, or a dict of keywords). Models of Transformers need none.
+            tokens: Numbers of tokens, in a batch of one.
+            whole_model: Whether the whole model is timed too.
+            repeats: Timed runs of each side.
+            seed: What is drawn is drawn with it.
+            verified: What `verify` found of this graft with these weights, if it need not run again.
+
+        Returns:
+            The report: `rows`, `machine`, `notes`, `to_json()`; `print` it. The model is as it was, its gradients,
+            random states and `calls` too; torch's record of peak memory starts anew.
+
+        Raises:
+            VerificationError: A kernel does not pass verification, or `verified` is of another graft.
+            GraftError: The graft was removed, or the device is neither CUDA nor the CPU.
+        """
+        from kernelgraft.benchmark import benchmark
+
+        return benchmark(
+            self,
+            inputs,
+            tokens=tokens,
+            whole_model=whole_model,
+            repeats=repeats,
+            seed=seed,
+            verified=verified,
+        )
 
     def moved_to(self, device: torch.device) -> None:
         """Choose the kernels for another device type; called before the model's tensors go there.
@@ -308,26 +383,11 @@ def _split(name: str, slots: Mapping[str, Slot]) -> tuple[str | None, str]:
     return None, name
 
 
-def _whole(slot: Slot, local: str) -> torch.Tensor | None:
-    """The tensor that is one of the slot's originals as a whole: packed as it is, or left in the skeleton."""
-    part = slot.parts.get(local)
-    if part is None:
-        return saved_tensors(slot.skeleton).get(local)
-    return slot.packed(part.packed[0]) if part.kind == "whole" else None
-
-
 def _is_there(slot: Slot, packed: str) -> bool:
     """Whether a packed tensor has a value where the graft put it, or is on meta because the model was moved there."""
     tensor = saved_tensors(slot.layout).get(packed)
     skeleton = (*slot.skeleton.parameters(), *slot.skeleton.buffers())
     return tensor is not None and (not tensor.is_meta or any(each.is_meta for each in skeleton))
-
-
-def _does_not_fit(name: str, tensor: torch.Tensor, known: Any, names: Iterable[str]) -> str:
-    if known is not None:
-        return f"{name} has shape {list(known.shape)}, and the update brings {list(tensor.shape)}."
-    near = difflib.get_close_matches(name, list(names), n=3, cutoff=0.4)
-    return f"{name!r} is no parameter of the model. Nearest: {', '.join(near) or 'none'}. Use the original names."
 
 
 # --- the root
@@ -362,6 +422,8 @@ def root_class(original: type[nn.Module]) -> type[nn.Module]:
             "__reduce_ex__": _reduce_root,
             "_kernelgraft_original": original,
         }
+        if compat.is_pretrained_class(original):
+            namespace["save_pretrained"] = _saver(original)
         cls = _roots.setdefault(original, type(original.__name__, (original,), namespace))
     return cls
 
@@ -395,6 +457,14 @@ def _apply_root(self: nn.Module, fn: Any, recurse: bool = True) -> Any:
     return type(self)._kernelgraft_original._apply(self, fn, recurse)  # type: ignore[attr-defined]
 
 
+def _saver(original: Any) -> Any:
+    @functools.wraps(original.save_pretrained)
+    def save(self: nn.Module, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        save_pretrained(self, vars(self).get(ROOT_KEY), save_directory, *args, **kwargs)
+
+    return save
+
+
 def _reduce_root(self: nn.Module, _: Any) -> Any:
     return _RootMaker(type(self)._kernelgraft_original), (), self.__getstate__()  # type: ignore[attr-defined,no-untyped-call]
 
@@ -405,6 +475,7 @@ def _reduce_root(self: nn.Module, _: Any) -> Any:
 def apply_blueprint(model: nn.Module, blueprint: Blueprint) -> Graft:
     """Carry a blueprint out, all or nothing, and log one line about it."""
     graft = Graft(model, blueprint.plan)
+    graft.asked = described(blueprint.config)
     grafted_class = root_class(type(model))
     undo: list[dict[str, nn.Module]] = []
     try:
@@ -416,11 +487,11 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint) -> Graft:
             site, modules = rebind_function(model, function)
             undo.append(modules)
             graft._installed.append(Installed(site, function.asked, (function.key,), modules, blueprint.plan.device))
+        materialize(model)
     except BaseException:
         for modules in reversed(undo):
             restore_site(model, modules)
         raise
-    materialize(model)
     for slot in graft._slots().values():
         slot.lost = {}
     keys = dict.fromkeys(key for installed in graft._installed for key in installed.keys)

@@ -6,7 +6,6 @@ parameter that is packed whole is the same `Parameter` object before, during and
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from kernelgraft.binding import ClassKey, bound_class
 from kernelgraft.blueprint import PreparedFunction, PreparedSite
 from kernelgraft.choosing import Asked, Runs
+from kernelgraft.contents import Contents, joined
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.conversion.program import Part, Program
 from kernelgraft.layouts import Made, put_value
@@ -22,6 +22,8 @@ from kernelgraft.slot import CALL_HOOKS, KEY, STATE_HOOKS, GraftedModule, Site, 
 from kernelgraft.tree import put_tensor, tensor_at
 
 _CHECKPOINTING = "gradient_checkpointing"
+_NO_SWITCHES = {*vars(nn.Module()), "forward"}
+"""What every module has; and accelerate's `forward`, which moves with its hook."""
 
 
 def install_site(model: nn.Module, prepared: PreparedSite) -> tuple[Site, dict[str, nn.Module]]:
@@ -41,14 +43,14 @@ def install_site(model: nn.Module, prepared: PreparedSite) -> tuple[Site, dict[s
     values = {name: value.to(_device(filled, members)) for name, value in prepared.made.values().items()}
     # From here on nothing can fail: it is assignments only.
     layout = prepared.made.layout
-    _put_all(layout, filled)
+    _put_all(prepared.made.contents, filled)
     for name, value in values.items():
         put_value(layout, name, value)
     for name, kept in prepared.made.kept.items():
         member_index, _, local = kept.partition(".")
         if name not in filled:
             put_tensor(layout, name, tensor_at(members[int(member_index)], local))
-    layout.train(members[paths.index(site.host)].training)
+    _set_training(prepared.made.contents, members[paths.index(site.host)].training)
     modules: dict[str, nn.Module] = {}
     slots = []
     for index, (path, member, key) in enumerate(zip(paths, members, keys, strict=True)):
@@ -85,22 +87,31 @@ def _rebind(model: nn.Module, site: Site, path: str, key: ClassKey) -> tuple[Sit
     return site, {path: module}
 
 
+def _set_training(layout: Contents, training: bool) -> None:
+    """`train(training)`, unless that would change nothing."""
+    for _, module in layout.modules:
+        if module.training != training or type(module).train is not nn.Module.train:
+            layout.module.train(training)
+            return
+
+
 def _stand_in(module: nn.Module, slot: Slot, key: ClassKey) -> nn.Module:
     """Make `module` the one that answers for the slot's path."""
     original = slot.skeleton
     if not slot.is_host:
         module.train(original.training)
+    own, its = vars(module), vars(original)
     for name in (*CALL_HOOKS, *STATE_HOOKS, "_is_full_backward_hook"):
-        if name in vars(original):
-            vars(module)[name] = vars(original)[name]
+        if name in its:
+            own[name] = its[name]
     for name in CALL_HOOKS:
-        vars(original)[name] = OrderedDict()
+        its[name] = OrderedDict()
     for name in _switches(original):
-        vars(module).setdefault(name, vars(original)[name])
-    if _CHECKPOINTING in vars(original):
+        own.setdefault(name, its[name])
+    if _CHECKPOINTING in its:
         # The slot checkpoints now; inside it the original's forward must not do so once more.
         setattr(original, _CHECKPOINTING, False)
-    vars(module)[KEY] = slot
+    own[KEY] = slot
     module.__class__ = bound_class(key)
     add_stubs(module, slot)
     _move_hook(original, module)
@@ -108,14 +119,9 @@ def _stand_in(module: nn.Module, slot: Slot, key: ClassKey) -> nn.Module:
 
 
 def _switches(module: nn.Module) -> list[str]:
-    """Attributes set on the instance that shadow one of its class: `gradient_checkpointing` above all.
-
-    A `forward` set on it is accelerate's, and moves with its hook.
-    """
-    own = vars(module)
+    """Attributes set on the instance that shadow one of its class: `gradient_checkpointing` above all."""
     classes = [vars(base) for base in type(module).__mro__ if base not in (nn.Module, object)]
-    plain = {*vars(nn.Module()), "forward"}
-    return [name for name in own if name not in plain and any(name in names for names in classes)]
+    return [name for name in vars(module) if name not in _NO_SWITCHES and any(name in names for names in classes)]
 
 
 def _move_hook(source: nn.Module, target: nn.Module) -> None:
@@ -149,39 +155,48 @@ def _fill(
     prepared: PreparedSite, made: Made, program: Program, members: list[nn.Module], model: nn.Module
 ) -> dict[str, torch.Tensor]:
     """Every packed parameter and buffer with its values."""
-    originals = {
-        f"{index}.{name}": tensor
-        for index, member in enumerate(members)
-        for name, tensor in (*member.named_parameters(), *member.named_buffers())
-    }
-    whole = {part.packed[0]: name for name in program.sources if (part := program.part(name)).kind == "whole"}
-    computed = _compute(prepared, program, originals, model) if program.computed else {}
+    originals = {name: _original(members, name) for name in program.sources}
+    computed = _compute(prepared, program, members, model) if program.computed else {}
     filled: dict[str, torch.Tensor] = {}
     for target in program.targets:
         like = tensor_at(made.layout, target)
-        if target in whole and target not in program.casts and isinstance(like, nn.Parameter):
-            filled[target] = _whole(originals[whole[target]], members, whole[target])
+        if target in program.whole and target not in program.casts and isinstance(like, nn.Parameter):
+            filled[target] = originals[program.whole[target]]
             continue
-        sources = [originals[piece.source.name] for piece in program.pieces if piece.target.name == target]
-        sources = sources or [originals[name] for name in program.computed.get(target, ())]
+        sources = [originals[name] for name in program.feeds[target] or program.computed.get(target, ())]
         if target in computed:
             value = computed[target]
+        elif (lazy := program.lazy(target, originals)) is not None:
+            value = lazy  # read with all others, when all sites are there
         else:
             dtype = getattr(torch, program.casts[target]) if target in program.casts else sources[0].dtype
             value = torch.empty(program.targets[target], dtype=dtype, device=sources[0].device)
             program.fill(target, value, originals.__getitem__)
         if isinstance(like, nn.Parameter):
-            value = nn.Parameter(value, requires_grad=any(source.requires_grad for source in sources))
+            value = _parameter(value, any(source.requires_grad for source in sources))
             value.grad = _gradient(program, target, value, originals)
         filled[target] = value
     return filled
+
+
+def _parameter(value: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+    if not isinstance(value, LazyTensor):
+        return nn.Parameter(value, requires_grad)
+    # What torch does with a subclass, but for a detach, which would be recorded: nobody else has this tensor.
+    value._is_param = True  # type: ignore[attr-defined]
+    return value.requires_grad_(requires_grad)  # type: ignore[return-value]
+
+
+def _original(members: Sequence[nn.Module], name: str) -> torch.Tensor:
+    index, _, local = name.partition(".")
+    return tensor_at(members[int(index)], local)
 
 
 def _gradient(
     program: Program, target: str, packed: nn.Parameter, originals: Mapping[str, torch.Tensor]
 ) -> torch.Tensor | None:
     """The gradient of a packed parameter from those that its sources have by now, if any has one."""
-    names = {piece.source.name for piece in program.pieces if piece.target.name == target}
+    names = program.feeds[target]
     grads = {name: originals[name].grad for name in names if not isinstance(originals[name], LazyTensor)}
     given = {name: grad for name, grad in grads.items() if grad is not None}
     if not given:
@@ -191,23 +206,15 @@ def _gradient(
     return found
 
 
-def _whole(original: torch.Tensor, members: list[nn.Module], name: str) -> torch.Tensor:
-    """A parameter that is packed as it is; a lazy one gets its bytes, where all that share it see them."""
-    if isinstance(original, LazyTensor):
-        original = original.resolved()
-        index, _, local = name.partition(".")
-        put_tensor(members[int(index)], local, original)
-    return original
-
-
 def _compute(
-    prepared: PreparedSite, program: Program, originals: Mapping[str, torch.Tensor], model: nn.Module
+    prepared: PreparedSite, program: Program, members: Sequence[nn.Module], model: nn.Module
 ) -> dict[str, torch.Tensor]:
     """What a rule computes, and does not only move, from the originals' values."""
     assert prepared.rules is not None
     used = {
-        name: tensor.materialize() if isinstance(tensor, LazyTensor) else tensor.detach()
-        for name, tensor in originals.items()
+        f"{index}.{name}": tensor.materialize() if isinstance(tensor, LazyTensor) else tensor.detach()
+        for index, contents in enumerate(map(Contents, members))
+        for name, tensor in (*contents.parameters.items(), *contents.buffers.items())
     }
     paths = prepared.site.paths
     config = getattr(model, "config", None)
@@ -223,7 +230,7 @@ def _parts_of(program: Program, index: int, path: str) -> dict[str, Part]:
     """The parts of one member by their names in it; they themselves bear the names that they have in the model."""
     prefix = f"{index}."
     found = {name[len(prefix) :]: program.part(name) for name in program.sources if name.startswith(prefix)}
-    return {name: replace(part, name=f"{path}.{name}") for name, part in found.items()}
+    return {name: part.renamed(joined(path, name)) for name, part in found.items()}
 
 
 def _empty(member: nn.Module, parts: Mapping[str, Part]) -> None:
@@ -231,17 +238,17 @@ def _empty(member: nn.Module, parts: Mapping[str, Part]) -> None:
     for name, part in parts.items():
         original = tensor_at(member, name)
         nothing = torch.empty(0, dtype=original.dtype, device=original.device)
-        if isinstance(original, nn.Parameter) and not isinstance(original, LazyTensor) and part.kind != "whole":
+        is_parameter = isinstance(original, nn.Parameter)
+        if is_parameter and not isinstance(original, LazyTensor) and part.kind != "whole":
             original.data, original.grad = nothing, None
         else:
-            is_parameter = isinstance(original, nn.Parameter)
             put_tensor(member, name, nn.Parameter(nothing, original.requires_grad) if is_parameter else nothing)
 
 
-def _put_all(layout: nn.Module, filled: Mapping[str, torch.Tensor]) -> None:
+def _put_all(layout: Contents, filled: Mapping[str, torch.Tensor]) -> None:
     """Put the values in, wherever the layout keeps the tensor that they stand for (it may do so twice)."""
-    by_id = {id(tensor_at(layout, name)): value for name, value in filled.items()}
-    for module in layout.modules():
+    by_id = {id(tensor_at(layout.module, name)): value for name, value in filled.items()}
+    for _, module in layout.modules:
         for registry in (module._parameters, module._buffers):
             for name, tensor in registry.items():
                 if tensor is not None and id(tensor) in by_id:

@@ -12,9 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernelgraft.contents import Contents, joined
 from kernelgraft.errors import PlanError
-from kernelgraft.recording import Arguments, bind_arguments
-from kernelgraft.tree import saved_tensors, shallow_tree, tensor_at
+from kernelgraft.meta import WithoutDrawing
+from kernelgraft.recording import Arguments, Signatures, bind_arguments
+from kernelgraft.tree import shallow_tree, tensor_at
+
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 @dataclass
@@ -25,11 +29,13 @@ class Made:
         layout: The layout.
         kept: For each tensor of the layout that simply is one of a member's, that original: `<member's index>.<name>`.
         computed: Names of non-persistent buffers, and of attributes that hold tensors, which need a value.
+        contents: What is in the layout.
     """
 
     layout: nn.Module
     kept: dict[str, str]
     computed: tuple[str, ...]
+    contents: Contents
     _call: "_Construction" = field(repr=False)
 
     def values(self) -> dict[str, torch.Tensor]:
@@ -77,53 +83,53 @@ class _Construction:
         return made
 
 
-def make_layout(layout: type[nn.Module], members: Sequence[nn.Module], arguments: Arguments | None) -> Made:
+def make_layout(
+    layout: type[nn.Module], members: Sequence[Contents], arguments: Arguments | None, signatures: Signatures
+) -> Made:
     """Make `layout` for the given members.
 
     Args:
         layout: The layout's class.
         members: The original modules, in the order of the config's tuple.
         arguments: For a single module, what its `__init__` got, if that is known.
+        signatures: Those of the sites before.
 
     Raises:
         PlanError: The layout's `__init__` cannot take what there is, or raises.
     """
-    copies = [_on_meta(member) for member in members]
-    call = _construction(layout, [copy for copy, _ in copies], type(members[0]), arguments)
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+    takes_modules = len(members) > 1 or hasattr(layout, "from_module")
+    copies = [_on_meta(member.module) for member in members] if takes_modules else []
+    if takes_modules:
+        args, kwargs = tuple(copy for copy, _ in copies), {}
+    else:
+        args, kwargs = _recorded(layout, type(members[0].module), arguments, signatures)
+    call = _Construction(layout, args, kwargs, from_module=takes_modules and len(members) == 1)
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), WithoutDrawing():
         made = call.build()
-    origin: dict[int, str] = {}
-    for index, (_, tensors) in enumerate(copies):
-        origin.update({id(tensor): f"{index}.{name}" for name, tensor in tensors.items()})
-    kept = {}
-    for name, tensor in (*made.named_parameters(), *made.named_buffers()):
-        if id(tensor) in origin:
-            kept[name] = origin[id(tensor)]
-    persistent = saved_tensors(made)
-    computed = [name for name, _ in made.named_buffers() if name not in persistent and name not in kept]
-    for path, module in made.named_modules():
-        computed += [_join(path, name) for name, value in vars(module).items() if isinstance(value, torch.Tensor)]
-    return Made(made, kept, tuple(computed), call)
+    contents = Contents(made)
+    origin = {id(tensor): f"{index}.{name}" for index, (_, named) in enumerate(copies) for name, tensor in named}
+    held = (*contents.parameters.items(), *contents.buffers.items())
+    kept = {name: origin[id(tensor)] for name, tensor in held if id(tensor) in origin}
+    computed = [name for name in contents.buffers if name not in contents.saved and name not in kept]
+    for path, module in contents.modules:
+        own = [name for name in vars(module) if name not in _OF_EVERY_MODULE]
+        computed += [joined(path, name) for name in own if isinstance(vars(module)[name], torch.Tensor)]
+    return Made(made, kept, tuple(computed), contents, call)
 
 
-def _construction(
-    layout: type[nn.Module], copies: Sequence[nn.Module], original: type[nn.Module], arguments: Arguments | None
-) -> _Construction:
-    if len(copies) > 1:
-        return _Construction(layout, tuple(copies), {})
-    if hasattr(layout, "from_module"):
-        return _Construction(layout, tuple(copies), {}, from_module=True)
+def _recorded(
+    layout: type[nn.Module], original: type[nn.Module], arguments: Arguments | None, signatures: Signatures
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if arguments is None:
         raise PlanError(
             f"{layout.__name__} wants what {original.__name__}.__init__ got, and that was not recorded for this "
             f"module. Build the model inside `with kernelgraft.recorded():`, or give {layout.__name__} a "
             f"`from_module(cls, module)` classmethod."
         )
-    args, kwargs = bind_arguments(layout, arguments, original)
-    return _Construction(layout, args, kwargs)
+    return bind_arguments(layout, arguments, original, signatures)
 
 
-def _on_meta(member: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+def _on_meta(member: nn.Module) -> tuple[nn.Module, list[tuple[str, torch.Tensor]]]:
     """A shallow copy of a member with its tensors on meta, and those tensors by name."""
     copy = shallow_tree(member)
     made: dict[int, torch.Tensor] = {}
@@ -134,8 +140,8 @@ def _on_meta(member: nn.Module) -> tuple[nn.Module, dict[str, torch.Tensor]]:
                     if id(tensor) not in made:
                         made[id(tensor)] = _meta_like(tensor)
                     registry[name] = made[id(tensor)]  # type: ignore[assignment]
-    named = [*copy.named_parameters(), *copy.named_buffers()]
-    return copy, dict(named)
+    contents = Contents(copy)
+    return copy, [*contents.parameters.items(), *contents.buffers.items()]
 
 
 def _meta_like(tensor: torch.Tensor) -> torch.Tensor:
@@ -158,10 +164,6 @@ def put_value(layout: nn.Module, name: str, value: torch.Tensor) -> None:
         holder._buffers[last] = value
     else:
         vars(holder)[last] = value
-
-
-def _join(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _named(value: Any) -> str:

@@ -98,7 +98,8 @@ def _path_regex(pattern: str) -> re.Pattern[str]:
 
 def find_modules(modules: Mapping[str, nn.Module], name: str) -> list[Claim]:
     """One claim for each module whose class answers to `name`."""
-    return [Claim((path,), (name,)) for path, module in modules.items() if path and answers_to(type(module), name)]
+    answers = functools.cache(answers_to)
+    return [Claim((path,), (name,)) for path, module in modules.items() if path and answers(type(module), name)]
 
 
 def find_fusions(modules: Mapping[str, nn.Module], pairs: Sequence[Pair], prefix: str) -> list[Claim]:
@@ -119,10 +120,12 @@ def find_fusions(modules: Mapping[str, nn.Module], pairs: Sequence[Pair], prefix
     if not holders:
         raise PlanError(_nothing_matches(modules, pairs))
     claims = []
+    answers = functools.cache(answers_to)
     for parent in holders:
         paths = tuple(_join(parent, child) for child in children)
         for path, (name, pattern) in zip(paths, pairs, strict=True):
-            _check_member(modules, path, name, pattern, pairs)
+            if path not in modules or not answers(type(modules[path]), name):
+                raise PlanError(_no_member(modules, path, name, pattern, pairs))
         claims.append(Claim(paths, tuple(name for name, _ in pairs)))
     return claims
 
@@ -142,22 +145,21 @@ def _holders(modules: Mapping[str, nn.Module], pattern: str, children: Sequence[
     return []
 
 
-def _check_member(modules: Mapping[str, nn.Module], path: str, name: str, pattern: str, pairs: Sequence[Pair]) -> None:
+def _no_member(modules: Mapping[str, nn.Module], path: str, name: str, pattern: str, pairs: Sequence[Pair]) -> str:
     module = modules.get(path)
     if module is None:
         parent = path.rpartition(".")[0]
         there = sorted(child for child, _ in modules[parent].named_children())
-        raise PlanError(
+        return (
             f"The fusion {list(pairs)} asks for {path!r}, and {parent or 'the model'!r} "
             f"({type(modules[parent]).__name__}) has no such child. It has: {', '.join(there)}."
         )
-    if not answers_to(type(module), name):
-        good = names_of(type(module))[0]
-        raise PlanError(
-            f"({name!r}, {pattern!r}) names the path but not the class: at {path!r} stands a "
-            f"{type(module).__name__}, which is no {name}. Write ({good!r}, {pattern!r}), or a pattern that leaves "
-            f"{path!r} out."
-        )
+    good = names_of(type(module))[0]
+    return (
+        f"({name!r}, {pattern!r}) names the path but not the class: at {path!r} stands a "
+        f"{type(module).__name__}, which is no {name}. Write ({good!r}, {pattern!r}), or a pattern that leaves "
+        f"{path!r} out."
+    )
 
 
 def _nothing_matches(modules: Mapping[str, nn.Module], pairs: Sequence[Pair]) -> str:
@@ -189,11 +191,12 @@ def collapse_kinds(modules: Mapping[str, nn.Module]) -> dict[str, type]:
 
 def near_misses(modules: Mapping[str, nn.Module], name: str, taken: set[str]) -> Iterator[NearMiss]:
     """Modules that a person might think `name` means, with the reason why they were not taken."""
+    answers = functools.cache(answers_to)
     for path, module in modules.items():
         class_name = type(module).__name__
         if not path or path in taken or name.lower() not in class_name.lower():
             continue
-        if answers_to(type(module), name):
+        if answers(type(module), name):
             yield NearMiss(path, class_name, name, "no path pattern names it")
         elif class_name.endswith(name):
             prefix = class_name.removesuffix(name)

@@ -9,12 +9,12 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from kernelgraft.contents import Contents
 from kernelgraft.conversion.lazy import LazyTensor, TensorSource
 from kernelgraft.conversion.program import Program
 from kernelgraft.conversion.rules import Converted, Rules
 from kernelgraft.errors import PlanError
 from kernelgraft.layouts import Made
-from kernelgraft.tree import saved_tensors
 
 
 def argument_names(layout: type[nn.Module], count: int) -> tuple[str, ...]:
@@ -39,7 +39,7 @@ def trace_program(
     rules: Rules,
     made: Made,
     paths: Sequence[str],
-    members: Sequence[nn.Module],
+    members: Sequence[Contents],
     host: int,
     model: nn.Module,
     prefix: str,
@@ -50,7 +50,7 @@ def trace_program(
         rules: The layout's rules.
         made: The layout, on the meta device.
         paths: The members' paths in the model.
-        members: The original modules.
+        members: The original modules and what is in them.
         host: Index of the member where the layout will stand.
         model: The model, which operations of Transformers may ask for shapes.
         prefix: The model's `base_model_prefix`.
@@ -70,7 +70,7 @@ def trace_program(
         prefix=prefix,
         model=model,
         config=getattr(model, "config", None),
-        packed_names=[name for name, _ in _named_tensors(made.layout)],
+        packed_names=[name for name, _ in made.contents.shapes],
     )
     outputs = _assign_targets(converted, made, lazies, paths, host)
     used = _used(outputs, lazies, converted.origins)
@@ -78,7 +78,7 @@ def trace_program(
     program.check_filled()
     layout = type(made.layout)
     dropped = tuple(getattr(layout, "dropped", ()))
-    parameters = {f"{i}.{n}" for i, member in enumerate(members) for n, _ in member.named_parameters()}
+    parameters = {f"{index}.{name}" for index, member in enumerate(members) for name in member.parameters}
     unused = [name for name in originals if name in parameters and name not in program.sources]
     known = {name for name in unused if _spellings(name, argument_names(layout, len(members))) & set(dropped)}
     lost = [name for name in unused if name not in known]
@@ -101,9 +101,8 @@ def _assign_targets(
     for key in converted.untouched:
         for spelling in _spellings(key, names):
             by_name.setdefault(spelling, key)
-    wanted: dict[str, torch.Tensor] = dict(layout.named_parameters())
-    persistent = saved_tensors(layout)
-    wanted |= {name: buffer for name, buffer in layout.named_buffers() if name in persistent}
+    wanted: dict[str, torch.Tensor] = dict(made.contents.parameters)
+    wanted |= {name: buffer for name, buffer in made.contents.buffers.items() if name in made.contents.saved}
     extra = [name for name in converted.packed if name not in wanted]
     if extra:
         raise PlanError(
@@ -148,13 +147,9 @@ def names_places(layout: type[nn.Module]) -> bool:
     return any(re.search(r"\.\d", pattern) for pattern in patterns)
 
 
-def originals_of(members: Sequence[nn.Module]) -> dict[str, torch.Tensor]:
+def originals_of(members: Sequence[Contents]) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers of the members, by `<member's index>.<name>`."""
-    return {
-        f"{index}.{name}": tensor
-        for index, member in enumerate(members)
-        for name, tensor in saved_tensors(member).items()
-    }
+    return {f"{index}.{name}": tensor for index, member in enumerate(members) for name, tensor in member.saved.items()}
 
 
 def _spellings(key: str, names: Sequence[str]) -> set[str]:
@@ -173,12 +168,3 @@ def full_name(key: str, paths: Sequence[str]) -> str:
     """The name in the model of the original called `key`."""
     index, _, local = key.partition(".")
     return f"{paths[int(index)]}.{local}"
-
-
-def _named_tensors(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*module.named_parameters(), *module.named_buffers()]
-
-
-def shapes_of(module: nn.Module) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """Names and shapes of all parameters and buffers, to compare."""
-    return tuple((name, tuple(tensor.shape)) for name, tensor in _named_tensors(module))

@@ -10,6 +10,7 @@ nothing about a module that was built outside a `recorded()` block.
 """
 
 import inspect
+import operator
 import sys
 import weakref
 from collections import OrderedDict
@@ -80,14 +81,36 @@ def arguments_of(module: nn.Module) -> Arguments | None:
     return _of_live_modules.get(module)
 
 
+class Signatures:
+    """Signatures of modules' `__init__` without `self`, each read once."""
+
+    def __init__(self) -> None:
+        self._read: dict[type[nn.Module], inspect.Signature] = {}
+
+    def of(self, module_class: type[nn.Module]) -> inspect.Signature:
+        """The signature for `module_class(...)`."""
+        if module_class not in self._read:
+            self._read[module_class] = inspect.Signature(_parameters(module_class))
+        return self._read[module_class]
+
+
 def bind_arguments(
-    layout_class: type[nn.Module], arguments: Arguments, original_class: type[nn.Module]
+    layout_class: type[nn.Module],
+    arguments: Arguments,
+    original_class: type[nn.Module],
+    signatures: Signatures | None = None,
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The original's arguments as the layout's `__init__` takes them: by name, and by position where names differ.
 
     What the layout does not take is left out if it equals the original's default or is `None`. A layout parameter with
     a default gets a value by name only: by position nobody can tell the original's `eps` under another name from a
     parameter of the layout's own.
+
+    Args:
+        layout_class: The layout's class.
+        arguments: What the original's `__init__` got.
+        original_class: The original's class.
+        signatures: Those read so far, for a caller that has many sites.
 
     Returns:
         `args` and `kwargs` for `layout_class(*args, **kwargs)`.
@@ -99,15 +122,18 @@ def bind_arguments(
     def refused(problem: str, advice: str) -> PlanError:
         return PlanError(
             f"{layout_class.__name__} {problem}. "
-            f"The layout: {_shown(layout_class)}; the original: {_shown(original_class)}, built with "
+            f"The layout: {layout_class.__name__}{layout_signature}; "
+            f"the original: {original_class.__name__}{original_signature}, built with "
             f"({', '.join((f'{each.name}=' if each.name else '') + _short(each.value) for each in given)}). "
             f"{advice}, or define from_module(module) on the layout."
         )
 
-    given = _given(original_class, arguments)
+    signatures = signatures or Signatures()
+    layout_signature, original_signature = signatures.of(layout_class), signatures.of(original_class)
+    given = _given(original_signature, arguments)
     positional = [each for each in given if each.positional]
     by_name = {each.name: each for each in given if each.name is not None}
-    parameters = _parameters(layout_class)
+    parameters = list(layout_signature.parameters.values())
     kinds = {parameter.kind for parameter in parameters}
     takes_more_args, takes_more_kwargs = inspect.Parameter.VAR_POSITIONAL in kinds, _VAR_KEYWORD in kinds
     parameters = [each for each in parameters if each.kind not in (inspect.Parameter.VAR_POSITIONAL, _VAR_KEYWORD)]
@@ -160,7 +186,7 @@ class _WeakRecords:
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[weakref.ref[nn.Module], tuple[Any, ...], dict[str, Any]]] = {}
+        self._entries: dict[int, tuple[weakref.ref[nn.Module], Any, Any]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -178,7 +204,8 @@ class _WeakRecords:
         except ReferenceError:
             return None
 
-    def add(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def add(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        """Note what `_kept` made of a module's arguments, if none are known yet."""
         if module in self:
             return
         entries, key = self._entries, id(module)
@@ -188,7 +215,7 @@ class _WeakRecords:
             if entry is not None and entry[0] is gone:
                 del entries[key]
 
-        entries[key] = (weakref.ref(module, forget), _kept(args), _kept(kwargs))
+        entries[key] = (weakref.ref(module, forget), args, kwargs)
 
 
 _of_live_modules = _WeakRecords()
@@ -207,18 +234,17 @@ class _Container:
 
 def _kept(value: Any) -> Any:
     """`value` with weak references for the modules in it; itself, the same object, where there are none."""
-    if isinstance(value, nn.Module):
+    kind = type(value)  # and not isinstance, which asks an object for its class: a config looks that up in Python
+    if issubclass(kind, nn.Module):
         return _WeakModule(value)
-    if type(value) in (list, tuple):
+    if kind in (list, tuple):
         items = [_kept(item) for item in value]
-        if all(new is old for new, old in zip(items, value, strict=True)):
+        return value if all(map(operator.is_, items, value)) else _Container(kind, items)
+    if kind in (dict, OrderedDict):
+        items = [_kept(item) for item in value.values()]
+        if all(map(operator.is_, items, value.values())):
             return value
-        return _Container(type(value), items)
-    if type(value) in (dict, OrderedDict):
-        pairs = [(key, _kept(item)) for key, item in value.items()]
-        if all(new[1] is old for new, old in zip(pairs, value.values(), strict=True)):
-            return value
-        return _Container(type(value), pairs)
+        return _Container(kind, list(zip(value, items, strict=True)))
     return value
 
 
@@ -283,12 +309,16 @@ def _listener(into: tuple[_WeakRecords, ...], before: Callable[..., Any] | None)
 
 
 def _note(frame: FrameType, into: tuple[_WeakRecords, ...]) -> None:
-    call = _call_of(frame.f_code, frame.f_locals)
+    code, variables = frame.f_code, frame.f_locals
+    if code.co_argcount:
+        module = variables.get(code.co_varnames[0])
+        # The outermost __init__ came first: those of the bases, half of all, find the module here.
+        if not issubclass(type(module), nn.Module) or all([module in records for records in into]):
+            return
+    call = _call_of(code, variables)
     if call is None or not issubclass(type(call[0]), nn.Module):
         return
     module = call[0]
-    if all(module in records for records in into):  # the outermost __init__ came first
-        return
     # A wrapped __init__ starts in a frame of another name, and a block inside an __init__ starts in the middle of one.
     code = getattr(type(module).__init__, "__code__", frame.f_code)
     outer = frame.f_back if code is not frame.f_code else None
@@ -298,8 +328,9 @@ def _note(frame: FrameType, into: tuple[_WeakRecords, ...]) -> None:
             call = whole
             break
         outer = outer.f_back
+    args, kwargs = _kept(call[1]), _kept(call[2])
     for records in into:
-        records.add(*call)
+        records.add(module, args, kwargs)
 
 
 def _call_of(code: CodeType, variables: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
@@ -322,6 +353,7 @@ def _call_of(code: CodeType, variables: Mapping[str, Any]) -> tuple[Any, tuple[A
 # Binding
 
 
+_BY_POSITION = inspect.Parameter.POSITIONAL_OR_KEYWORD
 _VAR_KEYWORD = inspect.Parameter.VAR_KEYWORD
 
 
@@ -343,14 +375,14 @@ def _parameters(module_class: type[nn.Module]) -> list[inspect.Parameter]:
     return parameters
 
 
-def _shown(module_class: type[nn.Module]) -> str:
-    return f"{module_class.__name__}{inspect.Signature(_parameters(module_class))}"
-
-
-def _given(original_class: type[nn.Module], arguments: Arguments) -> list[_Given]:
-    parameters = _parameters(original_class)
+def _given(original: inspect.Signature, arguments: Arguments) -> list[_Given]:
+    parameters = original.parameters.values()
+    all_given = len(arguments.args) == len(parameters) and not arguments.kwargs
+    if all_given and all(each.kind is _BY_POSITION for each in parameters):
+        pairs = zip(parameters, arguments.args, strict=True)
+        return [_Given(each.name, value, each.default, True) for each, value in pairs]
     try:
-        bound = inspect.Signature(parameters).bind(*arguments.args, **arguments.kwargs)
+        bound = original.bind(*arguments.args, **arguments.kwargs)
     except TypeError:  # a decorated __init__ whose inner signature is not that of the call
         positional = [_Given(None, value, _EMPTY, True) for value in arguments.args]
         return positional + [_Given(name, value, _EMPTY, False) for name, value in arguments.kwargs.items()]

@@ -1,5 +1,10 @@
 """Lazy tensors on their way into a module: what is checked, and that bytes move once."""
 
+import errno
+import gc
+import os
+import threading
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -7,8 +12,9 @@ from torch import nn
 
 import kernelgraft
 from allocations import Allocations, in_file
+from kernelgraft.checkpoint import positioned
+from kernelgraft.checkpoint.files import Checkpoint, checkpoint_files
 from kernelgraft.checkpoint.fill import check_names, fill_from, materialize
-from kernelgraft.checkpoint.reader import Checkpoint, checkpoint_files
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
 from test_load import FUSED, ON_META, SINGLE, Tower, assert_same_state, on_meta, saved, tower
@@ -127,3 +133,99 @@ def test_a_buffer_is_made_again_on_the_cpu_by_its_own_module(tmp_path):
     with Checkpoint([file]) as tensors, pytest.raises(CheckpointError, match="non-persistent buffer"):
         fill_from(unrecorded, tensors, CPU)
     assert all(parameter.is_meta for parameter in unrecorded.parameters())
+
+
+# --- nothing is half done
+
+
+def identities(model):
+    return {name: id(tensor) for name, tensor in model.named_parameters()}
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """A disk that fails at its third read, once `failing()` was called."""
+
+    def start():
+        calls = iter(range(100))
+
+        def third_fails(fd, buffers, offset):
+            if next(calls) >= 2:
+                raise OSError(errno.EIO, "Input/output error")
+            return os.preadv(fd, [buffers[0][:1]], offset)
+
+        monkeypatch.setattr(positioned, "preadv", third_fails)
+
+    return start
+
+
+@pytest.mark.parametrize("config", [None, FUSED], ids=["plain", "grafted"])
+def test_a_disk_that_fails_leaves_a_live_module_with_its_values(config, tmp_path, failing):
+    file = saved(tower(), tmp_path)
+    model = tower()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    before = identities(model)
+    failing()
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        kernelgraft.load(model, file, config)
+    assert identities(model) == before
+    assert all((parameter == 7).all() for parameter in model.parameters())
+
+
+def test_a_disk_that_fails_leaves_a_module_on_meta_as_it_was(tmp_path, failing):
+    file = saved(tower(), tmp_path)
+    model = on_meta()
+    before, modules = identities(model), dict(model.named_modules())
+    failing()
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        kernelgraft.load(model, file, FUSED, **ON_META)
+    assert identities(model) == before
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert dict(model.named_modules()) == modules
+    assert kernelgraft.graft_of(model) is None
+
+
+def test_a_file_that_is_replaced_during_the_load_is_refused(tmp_path, monkeypatch):
+    file = saved(tower(), tmp_path)
+    model = on_meta()
+    before = identities(model)
+
+    def replaced(fd, buffers, offset):
+        other = file.with_name("other.safetensors")
+        if file.exists() and not other.exists():
+            other.write_bytes(file.read_bytes())
+            other.rename(file)
+        return os.preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(positioned, "preadv", replaced)
+    with pytest.raises(CheckpointError, match="was replaced or written to while it was being loaded"):
+        kernelgraft.load(model, file, FUSED, **ON_META)
+    assert identities(model) == before
+
+
+def test_a_live_module_is_overwritten_in_place_and_autograd_notices(tmp_path):
+    file = saved(tower(), tmp_path)
+    model = tower()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    versions = {name: parameter._version for name, parameter in model.named_parameters()}
+    kernelgraft.load(model, file)
+    assert_same_state(model, tower())
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == pointers
+    assert all(parameter._version > versions[name] for name, parameter in model.named_parameters())
+
+
+def test_no_thread_descriptor_or_mapping_is_left(tmp_path):
+    file = saved(tower(), tmp_path)
+    before = set(os.listdir("/proc/self/fd"))
+    model = kernelgraft.load(on_meta(), file, FUSED, **ON_META)
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kernelgraft")]
+    del model
+    gc.collect()
+    with open("/proc/self/maps") as maps:
+        assert str(file) not in maps.read()

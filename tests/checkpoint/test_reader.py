@@ -1,217 +1,174 @@
-"""Checkpoint files: found, opened as lazy tensors, and closed."""
+"""Reads shared out among threads: what they give, what they touch, and what is left when they fail."""
 
-import json
+import _thread
+import errno
 import os
+import re
+import threading
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from kernelgraft.checkpoint.reader import Checkpoint, checkpoint_files
-from kernelgraft.conversion.lazy import LazyTensor
+from kernelgraft.checkpoint import positioned, reader
+from kernelgraft.checkpoint.files import Checkpoint
+from kernelgraft.checkpoint.reader import check_readable, fill
+from kernelgraft.conversion.lazy import LazyTensor, TensorSource
 from kernelgraft.errors import CheckpointError
 
-DTYPES = [
-    torch.float64,
-    torch.float32,
-    torch.float16,
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.float8_e8m0fnu,
-    torch.int64,
-    torch.int32,
-    torch.int16,
-    torch.int8,
-    torch.uint64,
-    torch.uint32,
-    torch.uint16,
-    torch.uint8,
-    torch.bool,
-    torch.complex64,
-]
-
-
-def write(path, **tensors):
-    save_file(tensors, path)
-    return path
-
-
-def write_index(folder, **files):
-    for name, tensors in files.items():
-        save_file(tensors, folder / f"{name}.safetensors")
-    weight_map = {key: f"{name}.safetensors" for name, tensors in files.items() for key in tensors}
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    return index
-
-
-def open_files(folder):
-    """The files under a folder that this process has open (a mapped file needs no descriptor)."""
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{fd}")
-        except OSError:
-            continue
-        if target.startswith(str(folder)):
-            found.append(target)
-    return found
-
-
-# --- which files
-
-
-def test_a_file_is_its_own_checkpoint(tmp_path):
-    path = write(tmp_path / "some.safetensors", a=torch.ones(2))
-    assert checkpoint_files(path) == [path]
-    assert checkpoint_files(str(path)) == [path]
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "other.safetensors"])
-def test_a_folder_with_one_file(name, tmp_path):
-    path = write(tmp_path / name, a=torch.ones(2))
-    assert checkpoint_files(tmp_path) == [path]
-
-
-def test_an_index_names_the_shards_and_goes_before_other_files(tmp_path):
-    index = write_index(tmp_path, two={"b": torch.ones(1)}, one={"a": torch.ones(1), "c": torch.ones(1)})
-    write(tmp_path / "adapter.safetensors", z=torch.ones(1))
-    expected = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
-    assert checkpoint_files(tmp_path) == expected
-    assert checkpoint_files(index) == expected
-
-
-def test_a_folder_without_a_checkpoint_lists_what_it_has(tmp_path):
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(CheckpointError, match=r"has no safetensors checkpoint .*It has: pytorch_model\.bin"):
-        checkpoint_files(tmp_path)
-
-
-def test_a_folder_with_several_files_and_no_index_is_refused(tmp_path):
-    write(tmp_path / "one.safetensors", a=torch.ones(1))
-    write(tmp_path / "two.safetensors", b=torch.ones(1))
-    with pytest.raises(CheckpointError, match=r"several files and no .*one\.safetensors, two\.safetensors"):
-        checkpoint_files(tmp_path)
-
-
-def test_a_place_that_is_not_there(tmp_path):
-    with pytest.raises(CheckpointError, match="does not exist"):
-        checkpoint_files(tmp_path / "nowhere")
-
-
-def test_an_index_that_names_missing_files(tmp_path):
-    index = write_index(tmp_path, one={"a": torch.ones(1)}, two={"b": torch.ones(1)})
-    (tmp_path / "two.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"names files that are not there: two\.safetensors"):
-        checkpoint_files(index)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"weight_map": 3}', '{"weight_map": {"a": 3}}', "not json"])
-def test_an_index_that_is_none(text, tmp_path):
-    index = tmp_path / "model.safetensors.index.json"
-    index.write_text(text)
-    with pytest.raises(CheckpointError, match="is no index of a sharded checkpoint"):
-        checkpoint_files(index)
-
-
-# --- opened
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-def test_a_tensor_of_each_dtype_is_read_bit_for_bit(dtype, tmp_path):
-    size = torch.empty(0, dtype=dtype).element_size()
-    plain = torch.randint(0, 2, (6 * size,), dtype=torch.uint8).view(dtype).reshape(2, 3)
-    path = write(tmp_path / "a.safetensors", a=plain)
-    with Checkpoint([path]) as checkpoint:
-        lazy = checkpoint["a"]
-        assert (lazy.shape, lazy.dtype, lazy.device) == ((2, 3), dtype, torch.device("cpu"))
-        assert isinstance(lazy, LazyTensor)
-        read = lazy.materialize()
-    assert torch.equal(read.contiguous().view(torch.uint8), plain.contiguous().view(torch.uint8))
-
-
-def test_names_of_all_files_are_there_and_nothing_else(tmp_path):
-    index = write_index(tmp_path, one={"a": torch.ones(2)}, two={"b": torch.zeros(3), "c": torch.ones(())})
-    with Checkpoint(checkpoint_files(index)) as checkpoint:
-        assert sorted(checkpoint) == ["a", "b", "c"]
-        assert len(checkpoint) == 3
-        assert "d" not in checkpoint
-        assert checkpoint["c"].shape == ()
-        with pytest.raises(KeyError):
-            checkpoint["d"]
-
-
-def test_what_was_read_stays_after_the_file_is_closed_and_gone(tmp_path):
-    plain = torch.randn(64, 64)
-    path = write(tmp_path / "a.safetensors", a=plain)
-    with Checkpoint([path]) as checkpoint:
-        read = checkpoint["a"].materialize()
-    path.unlink()
-    assert torch.equal(read, plain)
-
-
-def test_a_whole_tensor_is_a_view_of_the_mapped_file(tmp_path):
-    path = write(tmp_path / "a.safetensors", a=torch.randn(1024), b=torch.randn(1024))
-    with Checkpoint([path]) as checkpoint:
-        a, b = (checkpoint[name].materialize() for name in "ab")
-    with open("/proc/self/maps") as maps:
-        ranges = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(path.name)]
-    for tensor in (a, b):
-        assert any(int(low, 16) <= tensor.data_ptr() < int(high, 16) for low, high in ranges)
-
-
-def test_one_name_in_two_files_is_refused(tmp_path):
-    files = [write(tmp_path / f"{name}.safetensors", a=torch.ones(1)) for name in ("one", "two")]
-    with pytest.raises(CheckpointError, match=r"a stands in two files of the checkpoint; one of them is .*two"):
-        Checkpoint(files)
-    assert open_files(tmp_path) == []
-
-
-@pytest.mark.parametrize("content", [b"", b"not a safetensors file at all", b"\xff" * 64])
-def test_a_file_that_is_none_is_refused(content, tmp_path):
-    good = write(tmp_path / "good.safetensors", a=torch.ones(1))
-    bad = tmp_path / "bad.safetensors"
-    bad.write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"bad\.safetensors cannot be opened as a safetensors file"):
-        Checkpoint([good, bad])
-    assert open_files(tmp_path) == []
-
-
-def test_a_missing_file_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="cannot be opened"):
-        Checkpoint([tmp_path / "nowhere.safetensors"])
-
-
-def test_it_is_closed_at_the_end_of_the_block_and_by_an_error(tmp_path):
-    path = write(tmp_path / "a.safetensors", a=torch.randn(64))
-    with Checkpoint([path]) as checkpoint:
-        checkpoint["a"].materialize()
-    assert open_files(tmp_path) == []
-    with pytest.raises(ZeroDivisionError), Checkpoint([path]):
-        raise ZeroDivisionError
-    assert open_files(tmp_path) == []
+E, H, INNER = 128, 8, 16
 
 
 @pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """A Hub cache without a Hub."""
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    return tmp_path
-
-
-def test_a_hub_id_gives_the_files_of_the_repository(cache):
-    snapshot = cache / "models--owner--name" / "snapshots" / ("a" * 40)
-    snapshot.mkdir(parents=True)
-    (cache / "models--owner--name" / "refs").mkdir()
-    (cache / "models--owner--name" / "refs" / "main").write_text("a" * 40)
-    write(snapshot / "model.safetensors", a=torch.ones(1))
-    assert checkpoint_files("owner/name") == [snapshot / "model.safetensors"]
+def experts(tmp_path):
+    tensors = {f"{i}.{name}": torch.randn(INNER, H) for i in range(E) for name in ("gate", "up")}
+    tensors |= {f"{i}.down": torch.randn(H, INNER) for i in range(E)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Checkpoint([tmp_path / "model.safetensors"]) as checkpoint:
+        yield tensors, checkpoint
 
 
-def test_a_hub_id_that_cannot_be_had_is_refused(cache):
-    with pytest.raises(CheckpointError, match="'owner/nowhere' is neither a file or folder here nor a repository"):
-        checkpoint_files("owner/nowhere")
+def stacked(given):
+    gate, up = (torch.stack([given[f"{i}.{name}"] for i in range(E)]) for name in ("gate", "up"))
+    return {"gate_up": torch.cat([gate, up], 1), "down": torch.stack([given[f"{i}.down"] for i in range(E)])}
+
+
+def empty(lazies):
+    return [(lazy, torch.full(lazy.shape, torch.nan, dtype=lazy.dtype)) for lazy in lazies]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """(offset, bytes) of every read of a file."""
+    found = []
+
+    def counted(fd, buffers, offset):
+        got = os.preadv(fd, buffers, offset)
+        found.append((offset, got))
+        return got
+
+    monkeypatch.setattr(positioned, "preadv", counted)
+    return found
+
+
+def test_experts_are_stacked_in_one_pass_over_the_file(experts, calls):
+    tensors, checkpoint = experts
+    jobs = empty(stacked(checkpoint).values())
+    total = fill(jobs, threads=1)
+    for (_, out), wanted in zip(jobs, stacked(tensors).values(), strict=True):
+        assert torch.equal(out, wanted)
+    assert total == sum(got for _, got in calls) == 3 * E * H * INNER * 4
+    # Each byte once, in the order of the file, by far fewer calls than there are tensors.
+    assert [offset for offset, _ in calls[1:]] == [offset + got for offset, got in calls[:-1]]
+    assert len(calls) <= 2
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_threads_fill_what_one_fills(experts, threads, monkeypatch):
+    monkeypatch.setattr(reader, "CHUNK", 1000)
+    tensors, checkpoint = experts
+    jobs = empty([*stacked(checkpoint).values(), stacked(checkpoint)["gate_up"].transpose(1, 2)])
+    fill(jobs, threads=threads)
+    wanted = [*stacked(tensors).values(), stacked(tensors)["gate_up"].transpose(1, 2)]
+    assert all(torch.equal(out, each) for (_, out), each in zip(jobs, wanted, strict=True))
+
+
+def test_a_slice_reads_its_bytes_alone(experts, calls):
+    tensors, checkpoint = experts
+    jobs = empty([stacked(checkpoint)["gate_up"][32:64, :4]])
+    fill(jobs)
+    assert torch.equal(jobs[0][1], stacked(tensors)["gate_up"][32:64, :4])
+    assert sum(got for _, got in calls) == 32 * 4 * H * 4
+
+
+def test_short_reads_are_read_on(experts, monkeypatch):
+    tensors, checkpoint = experts
+
+    def short(fd, buffers, offset):
+        return os.preadv(fd, [buffers[0][: max(1, len(buffers[0]) // 3)]], offset)
+
+    monkeypatch.setattr(positioned, "preadv", short)
+    jobs = empty(stacked(checkpoint).values())
+    fill(jobs)
+    assert all(torch.equal(out, each) for (_, out), each in zip(jobs, stacked(tensors).values(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.float32])
+def test_casts_are_those_of_torch(experts, dtype):
+    tensors, checkpoint = experts
+    jobs = [(checkpoint["3.down"], torch.empty(H, INNER, dtype=dtype))]
+    jobs += [(checkpoint["3.down"].to(torch.bfloat16), torch.empty(H, INNER, dtype=dtype))]
+    fill(jobs)
+    assert torch.equal(jobs[0][1], tensors["3.down"].to(dtype))
+    assert torch.equal(jobs[1][1], tensors["3.down"].to(torch.bfloat16).to(dtype))
+
+
+def test_what_is_in_memory_is_copied_beside_what_is_read(experts):
+    tensors, checkpoint = experts
+    live = torch.randn(INNER, H)
+    lazy = torch.cat([LazyTensor.of(TensorSource("live", live)), checkpoint["0.up"]])
+    jobs = empty([lazy])
+    fill(jobs)
+    assert torch.equal(jobs[0][1], torch.cat([live, tensors["0.up"]]))
+
+
+def test_progress_counts_every_byte(experts):
+    _, checkpoint = experts
+    seen = []
+    total = fill(empty(stacked(checkpoint).values()), on_progress=seen.append)
+    assert sum(seen) == total
+
+
+# --- failures
+
+
+def threads_of_ours():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("kernelgraft")]
+
+
+def test_a_file_that_was_cut_off_names_tensor_and_offset(experts):
+    _, checkpoint = experts
+    path = checkpoint.files[0].path
+    os.truncate(path, path.stat().st_size - 100)
+    with pytest.raises(CheckpointError, match=re.escape(str(path)) + r" ends at byte \d+, in the middle of \S+"):
+        fill(empty(stacked(checkpoint).values()))
+    assert not threads_of_ours()
+
+
+def test_a_disk_that_fails_names_tensor_and_offset(experts, monkeypatch):
+    _, checkpoint = experts
+
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(positioned, "preadv", fails)
+    text = rf"{re.escape(str(checkpoint.files[0].path))}: 0.down cannot be read at byte \d+: .*Input/output error"
+    with pytest.raises(CheckpointError, match=text):
+        fill(empty([checkpoint["0.down"]]))
+    with pytest.raises(CheckpointError, match=text):
+        check_readable(empty([checkpoint["0.down"]]))
+    assert not threads_of_ours()
+
+
+def test_ctrl_c_ends_every_thread(experts, monkeypatch):
+    _, checkpoint = experts
+    monkeypatch.setattr(reader, "CHUNK", 100)
+    seen = []
+
+    def interrupt(nbytes):
+        if not seen:
+            _thread.interrupt_main()
+        seen.append(nbytes)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(empty(stacked(checkpoint).values()), threads=2, on_progress=interrupt)
+    assert not threads_of_ours()
+    assert 0 < sum(seen) < 3 * E * H * INNER * 4
+
+
+def test_the_rehearsal_reads_everything_and_writes_nothing(experts, calls):
+    _, checkpoint = experts
+    jobs = empty(stacked(checkpoint).values())
+    check_readable(jobs)
+    assert sum(got for _, got in calls) == 3 * E * H * INNER * 4
+    assert all(out.isnan().all() for _, out in jobs)

@@ -268,3 +268,17 @@ def test_tensors_without_elements():
         part = program.part(name)
         assert torch.equal(part.read(packed.__getitem__), tensor)
         part.write(packed.__getitem__, tensor)
+
+
+def test_parts_that_need_strides_take_values_from_anywhere_in_memory():
+    sources = {"a": torch.arange(90.0), "b": torch.arange(90.0, 92.0)}
+    lazies = {name: LazyTensor.of(TensorSource(name, tensor)) for name, tensor in sources.items()}
+    halves = torch.cat([lazies["a"], lazies["b"]]).reshape(23, 4).chunk(2, 1)
+    program = Program.trace({"x": halves[0].contiguous(), "y": halves[1].contiguous()}, lazies)
+    packed = {name: torch.zeros(30, 2)[5:28] for name in "xy"}
+    wide = torch.stack([sources["a"], -sources["a"]], 1)
+    for value in (sources["a"], torch.cat([torch.zeros(3), sources["a"]])[3:], wide[:, 0]):
+        for target in packed.values():
+            target.zero_()
+        program.part("a").write(packed.__getitem__, value)
+        assert torch.equal(program.part("a").read(packed.__getitem__), sources["a"])

@@ -1,23 +1,90 @@
 """Lazy tensors turned into the parameters and buffers of a model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from kernelgraft.checkpoint.files import FileTensor, OpenFile
+from kernelgraft.checkpoint.memory import fresh
+from kernelgraft.checkpoint.progress import progress_bar
+from kernelgraft.checkpoint.reader import check_readable, fill
+from kernelgraft.checkpoint.sharding import is_sharded, local_part, with_local
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
 from kernelgraft.recording import arguments_of
 from kernelgraft.tree import put_tensor, saved_tensors, tensor_at
 
+Job = tuple[LazyTensor, torch.Tensor]
+
 
 def materialize(model: nn.Module) -> None:
-    """Give every parameter and buffer of `model` that is still lazy its bytes."""
-    for module in model.modules():
-        for registry in (module._parameters, module._buffers):
-            for name, tensor in registry.items():
-                if isinstance(tensor, LazyTensor):
-                    registry[name] = tensor.resolved()  # type: ignore[assignment]
+    """Give every parameter and buffer of `model` that is still lazy its bytes, all in one pass over the files.
+
+    On the CPU what is a run of a file as it stands becomes a view of the mapped file. Everything else gets memory of
+    its own, into which its bytes are read.
+
+    Raises:
+        CheckpointError: A file cannot be read, or was replaced in the meantime. The model is as it was.
+    """
+    held = [
+        (registry, name, tensor)
+        for module in model.modules()
+        for registry in (module._parameters, module._buffers)
+        for name, tensor in registry.items()
+        if isinstance(tensor, LazyTensor)
+    ]
+    lazies = {id(lazy): lazy for _, _, lazy in held if not lazy.is_resolved}
+    values: dict[int, torch.Tensor] = {}
+    jobs: list[Job] = []
+    for key, lazy in lazies.items():
+        view = lazy.view_of_source()
+        if view is None:
+            view = fresh(lazy.shape, lazy.dtype, lazy.device)
+            jobs.append((lazy, view))
+        values[key] = view
+    read(jobs)
+    check_unchanged(lazies.values())
+    for key, lazy in lazies.items():
+        lazy.resolve(values[key])
+    for registry, name, lazy in held:
+        registry[name] = lazy.resolved()  # type: ignore[assignment]
+
+
+def read(jobs: Sequence[Job]) -> None:
+    """Fill tensors from files, with a progress bar where that is long; see `fill`."""
+    total = sum(move.numel * move.source.dtype.itemsize for lazy, _ in jobs for move in lazy.moves)  # type: ignore[attr-defined]
+    with progress_bar(total) as on_progress:
+        fill(jobs, on_progress=on_progress)
+
+
+def _files(lazies: Iterable[LazyTensor]) -> list[OpenFile]:
+    sources = (source for lazy in lazies for source in lazy.sources)
+    return list({id(s.file): s.file for s in sources if isinstance(s, FileTensor)}.values())
+
+
+def check_unchanged(lazies: Iterable[LazyTensor]) -> None:
+    """Make sure that the files behind lazy tensors are still those that were opened.
+
+    Raises:
+        CheckpointError: One was replaced or written to.
+    """
+    for file in _files(lazies):
+        file.check_unchanged()
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module) -> Iterator[None]:
+    """If the block fails, the model's modules hold the same tensors as before; what was written into them stays."""
+    before = [(module, dict(module._parameters), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, parameters, buffers in before:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+        raise
 
 
 def check_names(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -55,30 +122,61 @@ def _some(names: Sequence[str], most: int = 20) -> str:
 def fill_from(model: nn.Module, tensors: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Give `model` the values of `tensors`: in place where it has values, else as lazy or plain parameters.
 
+    A sharded parameter (a `DTensor`) gets its own part, of which alone the bytes are read.
+
     Args:
         model: The model; what of it is on the meta device gets new parameters.
         tensors: What `check_names` has let through; lazy tensors stay lazy until `materialize`.
         device: Where new parameters shall be.
 
     Raises:
-        CheckpointError: A non-persistent buffer on the meta device cannot be made again.
+        CheckpointError: A non-persistent buffer on the meta device cannot be made again, or a file cannot be read. What
+            has values has them still.
     """
     remade = _remade(model)
     state = saved_tensors(model)
     # Of parameters that are tied, a checkpoint may have any one.
     values = {id(state[name]): tensor for name, tensor in tensors.items()}
     made: dict[int, torch.Tensor] = {}
-    for name, target in state.items():
+    new: list[tuple[torch.Tensor, torch.Tensor]] = []
+    in_place: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for target in {id(target): target for target in state.values()}.values():
         value = values[id(target)]
-        if not target.is_meta:
-            with torch.no_grad():
-                target.copy_(value)
-            continue
-        if id(target) not in made:
+        if is_sharded(target):
+            local, value = local_part(target, value)
+            if target.is_meta:
+                local = fresh(local.shape, local.dtype, device)
+                made[id(target)] = _as_in(target, with_local(target, local))
+                new.append((value, local))
+            else:
+                in_place.append((value, local))
+        elif target.is_meta:
             made[id(target)] = _as_in(target, value.to(device=device, dtype=target.dtype))
-        put_tensor(model, name, made[id(target)])
+        else:
+            in_place.append((value, target))
+    check_readable(_jobs(in_place))
+    check_unchanged(lazy for lazy, _ in _jobs(in_place))
+    _fill(new + in_place)
+    for name, target in state.items():
+        if id(target) in made:
+            put_tensor(model, name, made[id(target)])
     for name, buffer in remade.items():
         put_tensor(model, name, buffer.to(device))
+
+
+def _jobs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Job]:
+    return [(value, out.detach()) for value, out in pairs if isinstance(value, LazyTensor)]
+
+
+def _fill(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Write values into tensors, from the files those that are lazy."""
+    read(_jobs(pairs))
+    with torch.no_grad():
+        for value, out in pairs:
+            if not isinstance(value, LazyTensor):
+                out.copy_(value)
+    # Bytes that came from a file did not pass by autograd, which must notice.
+    torch.autograd.graph.increment_version([out for _, out in pairs])
 
 
 def _as_in(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

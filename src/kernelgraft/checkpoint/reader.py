@@ -1,166 +1,197 @@
-"""Safetensors files as lazy tensors: names and shapes are read, bytes only where they are pulled."""
+"""Reads shared out among threads: from checkpoint files into tensors, each byte once.
 
-import json
-import re
-from collections.abc import Iterable, Mapping
-from contextlib import ExitStack
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+On the CPU bytes are read at their positions straight into the tensors, many small ones by one call. Devices have ways
+of their own (`device.py`). Every thread ends with the call, and whatever it held is given back.
+"""
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from kernelgraft.conversion.lazy import LazyTensor
-from kernelgraft.errors import CheckpointError
+from kernelgraft.checkpoint import device
+from kernelgraft.checkpoint.device import device_lanes
+from kernelgraft.checkpoint.memory import writable
+from kernelgraft.checkpoint.positioned import read_into, read_runs
+from kernelgraft.checkpoint.requests import Read, Straight, reads_of
+from kernelgraft.checkpoint.waiting import Lane, Waiting
+from kernelgraft.conversion.lazy import LazyTensor, copy_move
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-    "C64": torch.complex64,
-}
+logger = logging.getLogger("kernelgraft")
 
-_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(?<!\.safetensors)(?<!\.json)")
+Job = tuple[LazyTensor, torch.Tensor]
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+CHUNK = 16 << 20
+"""Most bytes of one read on the CPU, and the size of a thread's staging buffer."""
+
+_MOST_BUFFERS = 1024  # IOV_MAX
 
 
-class FileTensor:
-    """One tensor of an open safetensors file, as a source of lazy tensors.
+def fill(jobs: Iterable[Job], *, threads: int | None = None, on_progress: Callable[[int], None] | None = None) -> int:
+    """Fill tensors with what lazy tensors stand for.
 
-    Attributes:
-        name: The tensor's name in the file.
-        shape: Its shape.
-        dtype: Its dtype.
-        device: Always the CPU.
-    """
+    Args:
+        jobs: Lazy tensors, and a tensor of the same shape for each, of any strides, dtype and device.
+        threads: How many threads read into host memory; by default as many as there are cores, at most 8.
+        on_progress: Called with the number of bytes that were read since it was called last.
 
-    def __init__(self, handle: Any, name: str, path: str) -> None:
-        header = handle.get_slice(name)
-        kind = header.get_dtype()
-        if kind not in _DTYPES:
-            raise CheckpointError(f"{path}: {name} has dtype {kind}, which torch does not have.")
-        self.name = name
-        self.shape = torch.Size(header.get_shape())
-        self.dtype = _DTYPES[kind]
-        self.device = torch.device("cpu")
-        self._handle = handle
-
-    def read(self) -> torch.Tensor:
-        """The tensor as a view of the mapped file: nothing is copied."""
-        tensor: torch.Tensor = self._handle.get_tensor(self.name)
-        return tensor
-
-
-class Checkpoint(Mapping[str, LazyTensor]):
-    """The tensors of a checkpoint by name, lazy. Use it as a context manager: it holds its files open.
-
-    What was read stays valid after it is closed.
-    """
-
-    def __init__(self, files: Iterable[str | Path]) -> None:
-        """Open files and read their headers.
-
-        Raises:
-            CheckpointError: A file is missing or is no safetensors file, or two files have a tensor of one name.
-        """
-        self._stack = ExitStack()
-        self._tensors: dict[str, LazyTensor] = {}
-        try:
-            for file in files:
-                self._open(str(file))
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def _open(self, path: str) -> None:
-        from safetensors import SafetensorError, safe_open  # `import kernelgraft` needs torch alone
-
-        try:
-            handle = self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be opened as a safetensors file: {error}") from error
-        for name in handle.keys():  # noqa: SIM118 - not a dict
-            if name in self._tensors:
-                raise CheckpointError(f"{name} stands in two files of the checkpoint; one of them is {path}.")
-            self._tensors[name] = LazyTensor.of(FileTensor(handle, name, path))
-
-    def __getitem__(self, name: str) -> LazyTensor:
-        return self._tensors[name]
-
-    def __iter__(self) -> Any:
-        return iter(self._tensors)
-
-    def __len__(self) -> int:
-        return len(self._tensors)
-
-    def __enter__(self) -> "Checkpoint":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stack.close()
-
-
-def checkpoint_files(place: str | Path) -> list[Path]:
-    """The safetensors files of a checkpoint: a file, an index of shards, a folder that has either, or a Hub id.
+    Returns:
+        How many bytes were read from files.
 
     Raises:
-        CheckpointError: There is none, there are several without an index, or an index names a file that is not there.
+        CheckpointError: A file cannot be read, or ends too early: the message names file, tensor and offset. What the
+            tensors hold is undefined then.
     """
-    path = Path(place)
-    if isinstance(place, str) and _HUB_ID.fullmatch(place) and not path.exists():
-        return checkpoint_files(_from_hub(place))
-    if path.is_dir():
-        loose = sorted(path.glob("*.safetensors"))
-        named = [each for each in (path / INDEX, path / SINGLE) if each.exists()]
-        if not named and len(loose) != 1:
-            raise CheckpointError(
-                f"{path} has {'several files' if loose else 'no safetensors checkpoint'} and no {INDEX}. It has: "
-                f"{', '.join(sorted(p.name for p in path.iterdir()))}. Give a folder with {SINGLE} or {INDEX}, or a "
-                f".safetensors file."
-            )
-        return checkpoint_files((named or loose)[0])
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist. Give a .safetensors file, its index, a folder with them, or the id of a "
-            f"repository on the Hub: 'owner/name'."
-        )
-    if path.suffix != ".json":
-        return [path]
+    jobs = list(jobs)
+    cuda = [job for job in jobs if job[1].device.type == "cuda"]
+    others = [job for job in jobs if job[1].device.type != "cuda"]
+    with torch.no_grad():
+        for lazy, out in jobs:
+            _fill_from_memory(lazy, out)
+    started = time.perf_counter()
+    total = 0
+    if others:
+        total += _carry_out(_in_order(others, CHUNK), [CpuLane] * (threads or _cores()), on_progress)
+    if cuda:
+        lanes = device_lanes({out.device for _, out in cuda}, _cores())
+        total += _carry_out(_in_order(cuda, device.CHUNK), lanes, on_progress)
+    if total:
+        seconds = time.perf_counter() - started
+        logger.debug("read %.3f GB in %.3f s (%.1f GB/s)", total / 1e9, seconds, total / 1e9 / max(seconds, 1e-9))
+    return total
+
+
+def check_readable(jobs: Iterable[Job], *, threads: int | None = None) -> None:
+    """Read what `fill` would read, and forget it: before bytes are written over others that cannot be had back.
+
+    Raises:
+        CheckpointError: See `fill`.
+    """
+    _carry_out(_in_order(jobs, CHUNK), [_Rehearsal] * (threads or _cores()), None)
+
+
+def _cores() -> int:
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(8, found)
+
+
+def _fill_from_memory(lazy: LazyTensor, out: torch.Tensor) -> None:
+    """What of a lazy tensor lies in memory already: live tensors, and values that were computed."""
+    for move in lazy.moves:
+        source = move.source
+        if not hasattr(source, "file"):
+            tensor = source.read()  # type: ignore[attr-defined]
+            copy_move(move, out, tensor, lazy.rounding(tensor.dtype, out.dtype))
+
+
+def _in_order(jobs: Iterable[Job], most: int) -> list[Read]:
+    """All reads, file by file and from its beginning to its end."""
+    reads = [read for lazy, out in jobs for read in reads_of(lazy, out, most)]
+    order: dict[int, int] = {}
+    for read in reads:
+        order.setdefault(id(read.file), len(order))
+    reads.sort(key=lambda read: (order[id(read.file)], read.start))
+    return reads
+
+
+def _carry_out(
+    reads: Sequence[Read], lanes: Sequence[Callable[[], Lane]], on_progress: Callable[[int], None] | None
+) -> int:
+    """Share reads out among threads, one for each lane; the first error stops all of them."""
+    waiting = Waiting(reads, len(lanes))
+    total = waiting.nbytes
+    errors: list[BaseException] = []
+
+    def worker(make_lane: Callable[[], Lane]) -> None:
+        lane = None
+        try:
+            with torch.no_grad():
+                lane = make_lane()
+                while task := lane.take(waiting):
+                    lane.run(task)
+                    waiting.done(task, on_progress)
+        except BaseException as error:
+            errors.append(error)
+            waiting.stop()
+        finally:
+            if lane is not None:
+                lane.close()
+
+    pool = [
+        threading.Thread(target=worker, args=(lane,), name=f"kernelgraft-read-{i}", daemon=True)
+        for i, lane in enumerate(lanes[: len(reads)])
+    ]
     try:
-        names = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        files = [path.parent / name for name in names]
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{path} is no index of a sharded checkpoint: {error!r}.") from error
-    missing = [file.name for file in files if not file.exists()]
-    if missing:
-        raise CheckpointError(f"{path} names files that are not there: {', '.join(missing)}.")
-    return files
+        for thread in pool:
+            thread.start()
+        for thread in pool:
+            thread.join()
+    except BaseException:  # Ctrl-C: nothing is left running
+        waiting.stop()
+        for thread in pool:
+            if thread.ident is not None:
+                thread.join()
+        raise
+    if errors:
+        raise errors[0]
+    return total
 
 
-def _from_hub(name: str) -> Path:
-    """The safetensors files of a repository on the Hub, from its cache or by a download."""
-    from huggingface_hub import snapshot_download  # `import kernelgraft` needs torch alone
+class CpuLane:
+    """Reads into the memory of CPU tensors; for other devices than CUDA's, by way of it."""
 
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", INDEX]))
-    except Exception as error:  # what a download may raise is anything; the cause says it
-        raise CheckpointError(
-            f"{name!r} is neither a file or folder here nor a repository that can be had from the Hub: {error}"
-        ) from error
+    def __init__(self) -> None:
+        self._staging: torch.Tensor | None = None
+        self._buffers: dict[int, tuple[torch.Tensor, memoryview]] = {}
+
+    def take(self, waiting: Waiting) -> list[Read]:
+        """See `Lane`."""
+        return waiting.take(CHUNK, gap=0, count=_MOST_BUFFERS)
+
+    def run(self, task: Sequence[Read]) -> None:
+        """See `Lane`: straight reads that touch in the file go by one call."""
+        together: list[Straight] = []
+        for read in task:
+            straight = isinstance(read, Straight) and read.out.device.type == "cpu"
+            if together and not (straight and together[-1].stop == read.start):
+                self._straight(together)
+                together = []
+            if straight:
+                together.append(read)  # type: ignore[arg-type]
+            else:
+                read.place(self._stage(read))
+        if together:
+            self._straight(together)
+
+    def _straight(self, reads: Sequence[Straight]) -> None:
+        read_into(reads[0].file, [self._place(read) for read in reads], reads[0].start, reads[0].name)
+
+    def _place(self, read: Straight) -> memoryview:
+        found = self._buffers.get(id(read.out))
+        if found is None:
+            found = self._buffers[id(read.out)] = (read.out, writable(read.out))
+        return found[1][read.at : read.at + read.nbytes]
+
+    def _stage(self, read: Read) -> torch.Tensor:
+        """A staging buffer that begins with the bytes of a read."""
+        if self._staging is None or self._staging.nbytes < read.nbytes:
+            self._staging = torch.empty(max(CHUNK, read.nbytes), dtype=torch.uint8)
+        read_runs(read, writable(self._staging))
+        return self._staging
+
+    def close(self) -> None:
+        """See `Lane`."""
+        self._staging = None
+        self._buffers = {}
+
+
+class _Rehearsal(CpuLane):
+    """Reads, and lets go."""
+
+    def run(self, task: Sequence[Read]) -> None:
+        """See `Lane`."""
+        for read in task:
+            self._stage(read)

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from threading import RLock
 from typing import Any, Protocol, TypeVar, cast
 
@@ -176,20 +176,23 @@ class LazyTensor(torch.Tensor):
                 self._pull(out)
                 return out
             dtype = self.dtype if dtype is None else dtype
-            view = None if copy else self._view(dtype)
+            view = None if copy or dtype != self.dtype else self.view_of_source()
             if view is not None:
                 return view
             result = torch.empty(self.shape, dtype=dtype, device=self.device)
             self._pull(result)
             return result
 
-    def _view(self, dtype: torch.dtype) -> torch.Tensor | None:
+    def view_of_source(self) -> torch.Tensor | None:
+        """This tensor as a view of what its source returns, if it is a contiguous run of one as it stands."""
         if len(self._moves) != 1 or not _is_run(self._moves[0]):
             return None
         move = self._moves[0]
         source = cast(Source, move.source)
-        if (source.dtype, source.dtype, source.device) != (self.dtype, dtype, self.device):
+        if (source.dtype, source.device) != (self.dtype, self.device):
             return None
+        if hasattr(source, "run"):  # a file's, which gives each run a storage of its own
+            return cast(torch.Tensor, source.run(move.of, self.shape))
         tensor = source.read()
         if isinstance(tensor, LazyTensor):
             run = tensor.view(-1).narrow(0, move.of, move.numel).view(self.shape)
@@ -209,25 +212,38 @@ class LazyTensor(torch.Tensor):
             )
         for source in self.sources:
             tensor = source.read()
-            rounded = self.dtype if out.dtype != self.dtype and not is_lossless(source.dtype, self.dtype) else None
+            rounded = self.rounding(source.dtype, out.dtype)
             for move in self._moves:
                 if move.source is source:
                     copy_move(move, out, tensor, rounded)
 
+    def rounding(self, old: torch.dtype, new: torch.dtype) -> torch.dtype | None:
+        """The dtype that values of a source go through on their way into a tensor of another one, if there is any."""
+        return self.dtype if new != self.dtype and not is_lossless(old, self.dtype) else None
+
     def resolved(self) -> torch.Tensor:
-        """The tensor that takes this one's place in a module, made once: a `Parameter` if this is one, else plain.
+        """The tensor that takes this one's place in a module, made once: see `resolve`."""
+        with _resolving:
+            return self.resolve(self.materialize()) if self._resolved is None else self._resolved
+
+    def resolve(self, value: torch.Tensor) -> torch.Tensor:
+        """Let `value`, what was read, take this one's place: as a `Parameter` if this is one.
 
         It carries over `requires_grad` and the attributes that were set on this tensor.
         """
         with _resolving:
             if self._resolved is None:
-                value = self.materialize()
                 if isinstance(self, torch.nn.Parameter):
                     value = torch.nn.Parameter(value, requires_grad=self.requires_grad)
                     kept = ("_moves", "_resolved", "_is_param")
                     value.__dict__.update({k: v for k, v in self.__dict__.items() if k not in kept})
                 self._resolved = value
             return self._resolved
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether there is a tensor that takes this one's place already."""
+        return self._resolved is not None
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         names = [str(source.name) for source in self.sources]
@@ -360,16 +376,32 @@ def copy_move(move: Move, out: torch.Tensor, source: torch.Tensor, rounded: torc
         source: The tensor to read.
         rounded: A dtype to go through, if the value was narrowed before it took the dtype of `out`.
     """
-    for part in _fitted(move, out):
-        for back in _fitted(part.swapped(None), source):
+    for part in fitted(move, out):
+        for back in fitted(part.swapped(None), source):
             value = _strided(source, [(dim.size, dim.into) for dim in back.dims], back.into)
             # A lazy source is read by this copy, straight into place.
             value = value if rounded is None else value.to(rounded)
             _strided(out, [(dim.size, dim.of) for dim in back.dims], back.of).copy_(value)
 
 
-def _fitted(move: Move, tensor: torch.Tensor) -> list[Move]:
-    """The moves with what they write in the tensor's real strides instead of contiguous ones."""
+def follow(move: Move, lazy: LazyTensor) -> list[Move]:
+    """A move out of a lazy tensor's memory as moves out of its sources' memory."""
+    if len(lazy.moves) == 1 and _is_run(lazy.moves[0]):
+        run = lazy.moves[0]
+        return [replace(move, source=run.source, of=move.of + run.of)]
+    piece = _strided_lazy(lazy, [(dim.size, dim.of) for dim in move.dims], move.of)
+    if not isinstance(piece, LazyTensor):
+        piece = LazyTensor.of(TensorSource("piece", piece.contiguous()))
+    strides = [dim.into for dim in move.dims]
+    return [
+        replace(settled, into=settled.into + move.into)
+        for part in piece.moves
+        for settled in (placed.settled(strides) for placed in place(part, tuple(piece.shape)))
+    ]
+
+
+def fitted(move: Move, tensor: torch.Tensor) -> list[Move]:
+    """A move with what they write in the tensor's real strides instead of contiguous ones."""
     if tensor.is_contiguous():
         return [move]
     return [placed.settled(tensor.stride()) for placed in place(move, tensor.shape)]

@@ -43,6 +43,11 @@ class Move:
         """How many elements are moved."""
         return math.prod(dim.size for dim in self.dims)
 
+    @property
+    def span(self) -> int:
+        """How far it reaches in the memory that is written, from its first element to behind its last one."""
+        return 1 + sum((dim.size - 1) * dim.into for dim in self.dims)
+
     def cut(self, position: int, start: int, stop: int, step: int = 1) -> "Move":
         """The part of this move at indices `start:stop:step` of one of its dims."""
         dim = self.dims[position]
@@ -222,11 +227,17 @@ def concatenate(parts: Sequence[tuple[Iterable[Move], Shape]], dim: int) -> tupl
     """The moves and the shape of a concatenation along `dim`."""
     shape = list(parts[0][1])
     shape[dim] = sum(part_shape[dim] for _, part_shape in parts)
-    strides = contiguous_strides(shape)
-    offsets, out = [0] * len(shape), []
+    # The dims before `dim` step from row to row, and in each row the parts' rows follow each other.
+    row, offset, out = math.prod(shape[dim:]), 0, list[Move]()
     for moves, part_shape in parts:
-        out += [placed.settled(strides, offsets) for move in moves for placed in place(move, part_shape)]
-        offsets[dim] += part_shape[dim]
+        sizes = math.prod(part_shape[:dim]), math.prod(part_shape[dim:])
+        for move in moves:
+            index, start = divmod(move.into, sizes[1])
+            if start + move.span <= sizes[1]:
+                out.append(Move(move.source, move.dims, index * row + offset + start, move.of))
+            else:
+                out += [placed.settled((row, 1), (0, offset)) for placed in place(move, sizes)]
+        offset += sizes[1]
     return normal(out), tuple(shape)
 
 
@@ -252,7 +263,7 @@ def _near(moves: Iterable[Move], shape: Shape, dim: int, index: range) -> Iterat
     stride = math.prod(shape[dim + 1 :])
     first, end = index.start * stride, index.stop * stride
     for move in moves:
-        if move.into < end and move.into + sum((dim.size - 1) * dim.into for dim in move.dims) >= first:
+        if move.into < end and move.into + move.span > first:
             yield move
 
 
@@ -313,7 +324,7 @@ def normal(moves: Iterable[Move]) -> tuple[Move, ...]:
     by_source: dict[int, list[Move]] = {}
     for move in moves:
         by_source.setdefault(_identity(move.source), []).append(_coalesced(move))
-    joined = [move for group in by_source.values() for move in _joined(group)]
+    joined = [move for group in by_source.values() for move in (_joined(group) if len(group) > 1 else group)]
     return tuple(sorted(joined, key=lambda move: move.into))
 
 
@@ -323,6 +334,8 @@ def _identity(source: object) -> int:
 
 
 def _coalesced(move: Move) -> Move:
+    if not move.dims or (len(move.dims) == 1 and move.dims[0].size > 1):
+        return move
     dims: list[Dim] = []
     for dim in sorted(move.dims, key=lambda dim: (-dim.into, -dim.of)):
         outer = dims[-1] if dims else None
@@ -332,7 +345,7 @@ def _coalesced(move: Move) -> Move:
             dims[-1] = Dim(outer.size * dim.size, dim.into, dim.of)
         else:
             dims.append(dim)
-    return replace(move, dims=tuple(dims))
+    return Move(move.source, tuple(dims), move.into, move.of)
 
 
 def _joined(moves: list[Move]) -> list[Move]:

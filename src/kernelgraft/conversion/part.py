@@ -29,9 +29,17 @@ def apply(steps: Sequence[Step], tensor: torch.Tensor) -> torch.Tensor:
         if name == "slice":
             dim, start, stop, step = arguments
             tensor = tensor[(slice(None),) * dim + (slice(start, stop, step),)]
+        elif name == "as_strided":
+            sizes, strides, offset = arguments
+            tensor = tensor.as_strided(sizes, strides, tensor.storage_offset() + offset)
         else:
             tensor = getattr(tensor, name)(*arguments)
     return tensor
+
+
+def fit_for(steps: Sequence[Step], tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, contiguous if the steps are about its memory."""
+    return tensor.contiguous() if any(name in ("view", "as_strided") for name, *_ in steps) else tensor
 
 
 def describe(steps: Sequence[Step]) -> str:
@@ -107,6 +115,10 @@ class Part:
         """Names of the packed tensors that hold it, each once."""
         return tuple(dict.fromkeys(reading.packed for reading in self.readings))
 
+    def renamed(self, name: str) -> "Part":
+        """The same part of an original called `name`."""
+        return Part(name, self.shape, self.kind, self.readings, self.dim, self.why)
+
     def read(self, get: Get) -> torch.Tensor:
         """The original, a live view for "whole" and "view"; gradients flow for all kinds.
 
@@ -141,7 +153,7 @@ class Part:
             )
         with torch.no_grad():
             for reading in self.readings:
-                apply(reading.steps, get(reading.packed)).copy_(apply(reading.place, value))
+                apply(reading.steps, get(reading.packed)).copy_(apply(reading.place, fit_for(reading.place, value)))
 
     def describe(self) -> str:
         """Short text for a plan page, such as `gate_up_proj.weight[0:160]`."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from kernelgraft.conversion.coverage import covered_once, elements, written
-from kernelgraft.conversion.lazy import LazyTensor, copy_move, is_lossless
+from kernelgraft.conversion.lazy import LazyTensor, copy_move, follow, is_lossless
 from kernelgraft.conversion.moves import Move, Shape, normal
 from kernelgraft.conversion.part import Part, part_of
 from kernelgraft.conversion.views import Piece, View
@@ -98,6 +98,21 @@ class Program:
         for piece in self.pieces:
             moves[piece.target.name].append(piece.move)
         return {name: tuple(group) for name, group in moves.items()}
+
+    @cached_property
+    def feeds(self) -> dict[str, tuple[str, ...]]:
+        """The sources that are moved into each target, each once."""
+        return {name: tuple(dict.fromkeys(str(move.source) for move in group)) for name, group in self.moves.items()}
+
+    @cached_property
+    def whole(self) -> dict[str, str]:
+        """The targets that hold one source as it stands, and that source."""
+        return {self.part(name).packed[0]: name for name in self.sources if self.part(name).kind == "whole"}
+
+    @cached_property
+    def moved(self) -> tuple[str, ...]:
+        """The sources that no target holds as they stand."""
+        return tuple(name for name in self.sources if self.part(name).kind != "whole")
 
     @cached_property
     def _lost(self) -> dict[str, str]:
@@ -197,12 +212,46 @@ class Program:
                 for move in moves:
                     copy_move(move, out, source, narrowed)
 
+    def lazy(self, target_name: str, sources: Mapping[str, torch.Tensor]) -> LazyTensor | None:
+        """One target as a lazy tensor, of the dtype and on the device that its sources have.
+
+        Args:
+            target_name: The target.
+            sources: Source name to tensor.
+
+        Returns:
+            None if a source is not lazy, the target is computed, or values are rounded twice on the way.
+        """
+        self._known(target_name, self.targets, "target")
+        used = {name: sources[name] for name in self.feeds[target_name]}
+        lazies = {name: tensor for name, tensor in used.items() if isinstance(tensor, LazyTensor)}
+        if target_name in self.computed or not used or len(lazies) < len(used):
+            return None
+        for name, lazy in lazies.items():
+            self._fits(name, lazy, self.sources)
+        first = next(iter(lazies.values()))
+        dtype = getattr(torch, self.casts[target_name]) if target_name in self.casts else first.dtype
+        cast = [lazy for lazy in lazies.values() if lazy.dtype != dtype]
+        if any(lazy.rounding(source.dtype, dtype) for lazy in cast for source in lazy.sources):
+            return None
+        moves = [piece for move in self.moves[target_name] for piece in follow(move, lazies[str(move.source)])]
+        return LazyTensor(normal(moves), self.targets[target_name], dtype, first.device)
+
     def part(self, source_name: str) -> Part:
         """How a source reads from the targets, and is written into them."""
         self._known(source_name, self.sources, "source")
-        if source_name in self._lost:
-            return Part(source_name, self.sources[source_name], "lost", why=self._lost[source_name])
-        return self._inverse.assembly(source_name)
+        if source_name not in self._parts:
+            if source_name in self._lost:
+                part = Part(source_name, self.sources[source_name], "lost", why=self._lost[source_name])
+            else:
+                part = self._inverse.assembly(source_name)
+            self._parts[source_name] = part
+        return self._parts[source_name]
+
+    @cached_property
+    def _parts(self) -> dict[str, Part]:
+        """The parts that were asked for so far: every site of a kind asks for the same."""
+        return {}
 
     @cached_property
     def _inverse(self) -> "Program":

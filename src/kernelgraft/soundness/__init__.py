@@ -19,6 +19,7 @@ from kernelgraft.soundness._calls import Call, first_calls
 from kernelgraft.soundness._copying import Copier, Variant, isolated
 from kernelgraft.soundness._inputs import example_runner, forward_runner
 from kernelgraft.soundness._layers import EqualLayers, equal_layers
+from kernelgraft.soundness._remembering import Remembering
 from kernelgraft.soundness._sites import FusionSite, Run, Verdict, below, validate
 from kernelgraft.soundness._witness import Trace
 
@@ -87,9 +88,10 @@ def _variants(model: nn.Module, live: bool) -> Iterator[Variant]:
     def in_bfloat16(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.detach().to("meta", torch.bfloat16 if tensor.is_floating_point() else None)
 
-    yield Variant("on meta tensors", on_meta, on_meta)
+    remembering = Remembering()
+    yield Variant("on meta tensors", on_meta, on_meta, remembering)
     if any(each.is_floating_point() and each.dtype != torch.bfloat16 for each in model.parameters()):
-        yield Variant("on meta tensors in bfloat16", in_bfloat16, in_bfloat16)
+        yield Variant("on meta tensors in bfloat16", in_bfloat16, in_bfloat16, remembering)
     if live:
         yield Variant("on its own tensors", lambda tensor: tensor, lambda tensor: tensor.detach().clone())
 
@@ -114,7 +116,8 @@ def _attempt(
             for module in twin.modules():
                 module.training = training
             try:
-                run(twin)
+                with variant.run_in:
+                    run(twin)
             except Exception as error:  # anything that a model's forward raises where it cannot run on these tensors
                 failure = f"{type(error).__name__}: {str(error).strip()}"[:400]
                 break

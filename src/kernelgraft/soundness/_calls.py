@@ -34,7 +34,8 @@ def first_calls(model: nn.Module, paths: Collection[str], run: Run, variants: Co
                 twin = Copier(model, variant, set()).copy()
                 for path in paths:
                     wrap_forward(twin.get_submodule(path), functools.partial(note, path))
-                run(twin)
+                with variant.run_in:
+                    run(twin)
             except Exception:
                 # What a model's forward raises where it cannot run on such tensors is anything; the next may do.
                 continue

@@ -8,12 +8,14 @@ import types
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+
+from kernelgraft.contents import Contents
 
 _of_the_process = threading.RLock()
 
@@ -23,6 +25,7 @@ class Variant:
     words: str
     parameter: Callable[[torch.Tensor], torch.Tensor]
     buffer: Callable[[torch.Tensor], torch.Tensor]
+    run_in: AbstractContextManager[Any] = field(default_factory=nullcontext)
 
 
 @contextmanager
@@ -35,7 +38,8 @@ def isolated(model: nn.Module) -> Iterator[None]:
         stack.enter_context(_of_the_process)
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
-        devices = {each.device for each in model.parameters() if each.device.type not in ("cpu", "meta")}
+        found = {each.device for each in Contents(model).all_parameters.values()}
+        devices = {device for device in found if device.type not in ("cpu", "meta")}
         for kind in {device.type for device in devices} or {"cuda"}:
             indices = [device.index for device in devices if device.type == kind]
             stack.enter_context(torch.random.fork_rng(indices, device_type=kind))

@@ -2,6 +2,7 @@
 
 import inspect
 from contextlib import suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -112,13 +113,13 @@ def _inputs(model: nn.Module, device: torch.device) -> dict[str, torch.Tensor] |
 
 
 def _device(model: nn.Module) -> torch.device:
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers()):
         return tensor.device
     return torch.device("cpu")
 
 
 def _floating_dtype(model: nn.Module) -> torch.dtype:
-    for tensor in (*model.parameters(), *model.buffers()):
+    for tensor in chain(model.parameters(), model.buffers()):
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.get_default_dtype()

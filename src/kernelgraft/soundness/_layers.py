@@ -78,6 +78,7 @@ def moved(site: FusionSite, old: str, new: str) -> FusionSite:
 def equal_layers(model: nn.Module, sites: Sequence[FusionSite]) -> list[EqualLayers]:
     groups: list[EqualLayers] = []
     by_layer: dict[str, set[FusionSite]] = {}
+    per_layer: dict[int, Any] = {}
     cut: set[str] = set()  # what lies between a site's parent and its members
     for site in sites:
         for path in prefixes(site.parent):
@@ -93,7 +94,7 @@ def equal_layers(model: nn.Module, sites: Sequence[FusionSite]) -> list[EqualLay
                 if child_path in cut:
                     continue
                 inside = frozenset(moved(site, child_path, "") for site in by_layer.get(child_path, ()))
-                equal.setdefault((likeness(child), inside), []).append(child_path)
+                equal.setdefault((likeness(child, per_layer), inside), []).append(child_path)
             # The last one runs too, since it is the other one that a model treats apart.
             groups.extend(EqualLayers((paths[0], paths[-1]), paths[1:-1]) for paths in equal.values() if len(paths) > 2)
         if len(groups) == num_before:
@@ -105,40 +106,44 @@ def equal_layers(model: nn.Module, sites: Sequence[FusionSite]) -> list[EqualLay
 
 
 _INTERNAL = frozenset(nn.Module().__dict__)
+_ATOMS = (int, float, str, bool, type(None))
 
 
-def likeness(module: nn.Module) -> Any:
-    """Equal for modules of the same class, attributes and shapes all the way down, the layer's index left out."""
-    attributes = tuple(
-        (name, _comparable(value))
-        for name, value in module.__dict__.items()
-        if name not in _INTERNAL and not _is_index(name, value)
-    )
-    tensors = tuple((name, _comparable(value)) for name, value in module._parameters.items())
-    buffers = tuple((name, _comparable(value)) for name, value in module._buffers.items())
-    children = tuple((name, None if child is None else likeness(child)) for name, child in module._modules.items())
-    return type(module), attributes, _per_layer(module), tensors, buffers, children
+def likeness(module: nn.Module, per_layer: dict[int, Any]) -> Any:
+    """Equal for modules of the same class, attributes and shapes all the way down, the layer's index left out.
+
+    Args:
+        module: The module.
+        per_layer: The lists of the configs that were met so far, by the configs' identities.
+    """
+    index, attributes = None, []
+    for name, value in module.__dict__.items():
+        if type(value) is int and name.endswith(_INDEX_NAMES):
+            index = value if index is None else index
+        elif name not in _INTERNAL:
+            attributes.append((name, _comparable(value)))
+    said = None if index is None else _said_of_layer(module.__dict__.get("config"), index, per_layer)
+    tensors = [(name, _comparable(value)) for name, value in module._parameters.items()]
+    buffers = [(name, _comparable(value)) for name, value in module._buffers.items()]
+    children = [(n, None if child is None else likeness(child, per_layer)) for n, child in module._modules.items()]
+    return type(module), tuple(attributes), said, tuple(tensors), tuple(buffers), tuple(children)
 
 
-def _per_layer(module: nn.Module) -> Any:
+def _said_of_layer(config: Any, index: int, per_layer: dict[int, Any]) -> Any:
     """What the module's config says about the layer of its index, which a forward may look up."""
-    config = module.__dict__.get("config")
-    index = next((value for name, value in module.__dict__.items() if _is_index(name, value)), None)
-    if index is None or not hasattr(config, "__dict__"):
-        return None
-    lists = ((name, value) for name, value in vars(config).items() if type(value) in (list, tuple))
-    return tuple((name, _comparable(value[index])) for name, value in lists if index < len(value))
-
-
-def _is_index(name: str, value: Any) -> bool:
-    return type(value) is int and name.endswith(_INDEX_NAMES)
+    if id(config) not in per_layer:
+        values = vars(config) if hasattr(config, "__dict__") else {}
+        # One entry (`architectures`) says nothing about the first layer alone.
+        lists = [(n, value) for n, value in values.items() if type(value) in (list, tuple) and len(value) > 1]
+        per_layer[id(config)] = lists
+    return tuple([(n, _comparable(value[index])) for n, value in per_layer[id(config)] if index < len(value)])
 
 
 def _comparable(value: Any) -> Any:
     kind = type(value)
-    if kind in (int, float, str, bool, type(None)):
+    if kind in _ATOMS:
         return kind, value
-    if isinstance(value, torch.Tensor):
+    if issubclass(kind, torch.Tensor):
         return torch.Tensor, value.shape, value.dtype, value.requires_grad
     if kind in (tuple, list):
         return kind, tuple(map(_comparable, value))

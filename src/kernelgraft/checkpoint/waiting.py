@@ -1,0 +1,72 @@
+"""Reads that wait to be carried out, taken in the order of the files by several threads."""
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from kernelgraft.checkpoint.requests import Read
+
+# Not less than this at once, however little is left.
+_LEAST = 1 << 20
+
+
+class Waiting:
+    """What is left to read."""
+
+    def __init__(self, reads: Sequence[Read], num_lanes: int) -> None:
+        self.nbytes = sum(read.nbytes for read in reads)
+        self._reads = deque(reads)
+        self._num_lanes = num_lanes
+        self._lock = threading.Lock()
+
+    def take(self, most: int, *, gap: int | None = None, count: int | None = None) -> list[Read]:
+        """The next reads, none if nothing is left.
+
+        Towards the end less is given at once, so that all threads end at about the same time.
+
+        Args:
+            most: How many bytes at most, if there is more than one read.
+            gap: How far a read may be behind the one before it in the same file; by default it may be anywhere.
+            count: How many reads at most.
+        """
+        with self._lock:
+            most = min(most, max(_LEAST, self.nbytes // (2 * self._num_lanes)))
+            task: list[Read] = []
+            size = 0
+            while self._reads and (count is None or len(task) < count):
+                read = self._reads[0]
+                if task and (size + read.nbytes > most or not _follows(task[-1], read, gap)):
+                    break
+                task.append(self._reads.popleft())
+                size += read.nbytes
+            self.nbytes -= size
+            return task
+
+    def done(self, task: Sequence[Read], on_progress: Callable[[int], None] | None) -> None:
+        """Report what was carried out."""
+        if on_progress is not None:
+            with self._lock:
+                on_progress(sum(read.nbytes for read in task))
+
+    def stop(self) -> None:
+        """Nothing more is given."""
+        with self._lock:
+            self._reads.clear()
+
+
+def _follows(last: Read, read: Read, gap: int | None) -> bool:
+    return gap is None or (last.file is read.file and 0 <= read.start - last.stop <= gap)
+
+
+class Lane(Protocol):
+    """One thread's way of carrying out reads."""
+
+    def take(self, waiting: Waiting) -> list[Read]:
+        """The reads that it carries out next."""
+
+    def run(self, task: Sequence[Read]) -> None:
+        """Carry reads out."""
+
+    def close(self) -> None:
+        """Wait for what is under way, and give back what the lane holds."""

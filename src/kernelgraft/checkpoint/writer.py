@@ -1,0 +1,263 @@
+"""Safetensors files written by a few threads, byte for byte as the safetensors library writes them.
+
+A file is cut into chunks at fixed places. A thread gathers one chunk in a buffer, from wherever its tensors are and
+however they lie there, and writes it to its place, past the page cache where the file system can. So a copy of the
+model is never made: what is in memory beyond it is one buffer for each thread.
+"""
+
+import bisect
+import errno
+import itertools
+import json
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import cast
+
+import torch
+
+from kernelgraft.checkpoint.header import _KINDS
+from kernelgraft.checkpoint.memory import PAGE
+from kernelgraft.checkpoint.staging import Staging
+from kernelgraft.checkpoint.system import allocate, uninterrupted
+from kernelgraft.conversion.lazy import LazyTensor, TensorSource
+from kernelgraft.errors import CheckpointError
+
+THREADS = 8
+CHUNK = 8 << 20
+"""Threads, and bytes of a chunk."""
+
+_KIND_OF = {dtype: (rank, kind) for rank, (kind, (_, dtype)) in enumerate(_KINDS.items()) if dtype is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a tensor's bytes lie in a file.
+
+    Attributes:
+        start: Offset of the first byte.
+        stop: Offset after the last one.
+        tensor: The tensor.
+        run: The same as a contiguous tensor in memory, if it is one.
+    """
+
+    start: int
+    stop: int
+    tensor: LazyTensor
+    run: torch.Tensor | None
+
+
+def layout(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, tuple[Span, ...]]:
+    """What a file of these tensors begins with, and where in it each tensor lies.
+
+    As in the safetensors library larger dtypes come first, so that every tensor is aligned, and then names decide.
+
+    Raises:
+        CheckpointError: A tensor cannot stand in such a file.
+    """
+    names = sorted(tensors, key=lambda name: (-_kind(name, tensors[name])[0], name.encode()))
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    offsets, stop = [], 0
+    for name in names:
+        tensor = tensors[name]
+        start, stop = stop, stop + tensor.numel() * tensor.dtype.itemsize
+        header[name] = {"dtype": _kind(name, tensor)[1], "shape": _shape(tensor), "data_offsets": [start, stop]}
+        offsets.append((start, stop))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    first = 8 + len(text)
+    spans = [_span(name, tensors[name], first + a, first + b) for name, (a, b) in zip(names, offsets, strict=True)]
+    return len(text).to_bytes(8, "little") + text, tuple(span for span in spans if span.start < span.stop)
+
+
+def _kind(name: str, tensor: torch.Tensor) -> tuple[int, str]:
+    found = _KIND_OF.get(tensor.dtype)
+    if found is None or tensor.layout != torch.strided or tensor.is_meta or name == "__metadata__":
+        what = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+        raise CheckpointError(
+            f"{name} ({what}) cannot be written into a safetensors file, which takes dense tensors that have values, "
+            f"of the dtypes {', '.join(str(dtype).removeprefix('torch.') for dtype in _KIND_OF)}."
+        )
+    return found
+
+
+def _shape(tensor: torch.Tensor) -> list[int]:
+    # Torch holds two numbers of four bits in one element.
+    twice = tensor.dtype == torch.float4_e2m1fn_x2 and tensor.ndim
+    return [*tensor.shape[:-1], 2 * tensor.shape[-1]] if twice else list(tensor.shape)
+
+
+def _span(name: str, tensor: torch.Tensor, start: int, stop: int) -> Span:
+    if not isinstance(tensor, LazyTensor):
+        # What is only marked as conjugate or negated has other bytes than it stands for.
+        tensor = LazyTensor.of(TensorSource(name, tensor.detach().resolve_conj().resolve_neg()))
+    run = tensor.view_of_source() if start < stop else None
+    return Span(start, stop, tensor, None if run is None else run.reshape(-1))
+
+
+class _File:
+    """A file while it is written."""
+
+    def __init__(self, path: Path, header: bytes, spans: tuple[Span, ...], *, direct: bool) -> None:
+        self.path = path
+        self.header = header
+        self.spans = spans
+        self.size = spans[-1].stop if spans else len(header)
+        self._starts = [span.start for span in spans]
+        flags = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
+        self._fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        self._direct: int | None = None
+        try:
+            allocate(self._fd, self.size)
+            if direct and hasattr(os, "O_DIRECT"):
+                self._direct = _opened(path, flags | os.O_DIRECT)
+        except BaseException:
+            self.close()
+            raise
+
+    def fill(self, start: int, stop: int, staging: Staging) -> None:
+        """Gather the bytes `start:stop` of the file in a buffer."""
+        if start < len(self.header):
+            head = self.header[start:stop]
+            staging.view[: len(head)] = head
+        index = max(0, bisect.bisect_right(self._starts, start) - 1)
+        for span in itertools.takewhile(lambda span: span.start < stop, self.spans[index:]):
+            low, high = max(start, span.start), min(stop, span.stop)
+            if low < high:
+                itemsize = span.tensor.dtype.itemsize
+                first, count = (low - span.start) // itemsize, (high - low) // itemsize
+                if span.run is not None:
+                    staging.take(span.run[first : first + count], low - start)
+                else:
+                    staging.gather(cast(LazyTensor, span.tensor.view(-1).narrow(0, first, count)), low - start)
+        staging.wait()
+
+    def write(self, start: int, stop: int, staging: Staging) -> None:
+        """Write a buffer to its place."""
+        if self._direct is not None:
+            # Past the page cache whole blocks are written; what is too much is cut off in the end.
+            padded = start - (start - stop) // PAGE * PAGE
+            staging.view[stop - start : padded - start] = bytes(padded - stop)
+            try:
+                _write_at(self._direct, staging.view[: padded - start], start)
+                return
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+        _write_at(self._fd, staging.view[: stop - start], start)
+
+    def finish(self) -> None:
+        """Bring the file to the disk."""
+        os.ftruncate(self._fd, self.size)
+        os.fsync(self._fd)
+
+    def close(self) -> None:
+        for fd in (self._fd, self._direct):
+            if fd is not None:
+                os.close(fd)
+
+
+def _opened(path: Path, flags: int) -> int | None:
+    try:
+        return os.open(path, flags)
+    except OSError:
+        return None
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    while len(data):
+        written = os.pwrite(fd, data, offset)
+        data, offset = data[written:], offset + written
+
+
+class FileWriter:
+    """Writes safetensors files, one after the other, each by several threads. Use it as a context manager."""
+
+    def __init__(self, *, threads: int = THREADS, chunk: int = CHUNK) -> None:
+        self._chunk = chunk
+        self._threads = threads
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kernelgraft-save")
+        self._alone = ThreadPoolExecutor(1, thread_name_prefix="kernelgraft-save")
+        self._staging: list[Staging] = []
+
+    def __enter__(self) -> "FileWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        uninterrupted(self._close)
+
+    def _close(self) -> None:
+        for pool in (self._pool, self._alone):
+            pool.shutdown(wait=True)
+        for staging in self._staging:
+            staging.close()
+
+    def write(
+        self,
+        path: str | Path,
+        tensors: Mapping[str, torch.Tensor],
+        metadata: Mapping[str, str] | None = None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """Write a new file, and wait until the disk has it.
+
+        Args:
+            path: Where to; nothing may be there.
+            tensors: Tensors by name, plain ones of any strides and lazy ones, on any device.
+            metadata: Texts that go into the header.
+            progress: Called with the number of bytes after each chunk.
+
+        Raises:
+            CheckpointError: A tensor cannot stand in such a file.
+            OSError: The file cannot be written.
+        """
+        header, spans = layout(tensors, metadata)
+        size = spans[-1].stop if spans else len(header)
+        starts = range(0, size, self._chunk)
+        while len(self._staging) < min(self._threads, len(starts)):
+            self._staging.append(Staging(self._chunk, self._alone))
+        # Here and not in the threads: each thread has another current stream.
+        for staging in self._staging:
+            staging.prepare({span.tensor.device for span in spans})
+        stopped = threading.Event()
+
+        def work() -> None:
+            file = _File(Path(path), header, spans, direct=len(starts) > 1)
+            try:
+                self._fill(file, starts, progress, stopped)
+                file.finish()
+            finally:
+                file.close()
+
+        uninterrupted(work, stopped.set)
+
+    def _fill(
+        self, file: _File, starts: Iterable[int], progress: Callable[[int], None], stopped: threading.Event
+    ) -> None:
+        turn, left = threading.Lock(), iter(starts)
+
+        def work(staging: Staging) -> None:
+            while not stopped.is_set():
+                with turn:
+                    start = next(left, None)
+                if start is None:
+                    return
+                stop = min(start + self._chunk, file.size)
+                file.fill(start, stop, staging)
+                file.write(start, stop, staging)
+                with turn:
+                    progress(stop - start)
+
+        running = [self._pool.submit(work, staging) for staging in self._staging]
+        wait(running, return_when=FIRST_EXCEPTION)
+        stopped.set()
+        for each in running:
+            each.result()

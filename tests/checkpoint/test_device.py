@@ -1,0 +1,129 @@
+"""Reads into the memory of a GPU, both ways; these tests need one."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_files import open_files
+from torch import nn
+
+import kernelgraft
+from kernelgraft.checkpoint import device, memory, positioned
+from kernelgraft.checkpoint.files import Checkpoint
+from kernelgraft.checkpoint.reader import fill
+from kernelgraft.errors import CheckpointError
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def weights(tmp_path):
+    tensors = {name: torch.randn(1500, 1000) for name in "abcd"}
+    tensors |= {f"small.{i}": torch.randn(7, 3) for i in range(500)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    with Checkpoint([tmp_path / "model.safetensors"]) as checkpoint:
+        yield tensors, checkpoint
+
+
+@pytest.fixture(params=["both", "registering", "reading", "refused"])
+def way(request, monkeypatch):
+    """Which lanes there are; "refused" is a driver that takes no pages of files."""
+    lanes = {"both": (2, 3), "registering": (3, 0), "reading": (0, 3), "refused": (2, 2)}[request.param]
+    monkeypatch.setattr(device, "REGISTERING", lanes[0])
+    monkeypatch.setattr(device, "READING", lanes[1])
+    monkeypatch.setattr(device, "CHUNK", 1 << 18)
+    monkeypatch.setattr(device, "REGISTERED", 1 << 20)
+    if request.param == "refused":
+        real = memory.registered
+
+        def refuses(address, nbytes, pinned, *, read_only):
+            return real(1 if read_only else address, nbytes, pinned, read_only=read_only)  # no page is there
+
+        monkeypatch.setattr(device, "registered", refuses)
+    return request.param
+
+
+def layouts(given):
+    small = [given[f"small.{i}"] for i in range(500)]
+    return [
+        given["a"],
+        torch.cat([given["b"], given["c"]]),
+        given["d"].t(),
+        torch.stack(small, 1),
+        given["a"][100:900, 3:700],
+        torch.stack([given["b"], given["c"]], 1).transpose(0, 2),
+    ]
+
+
+def empty(shape, dtype, odd):
+    if not odd:
+        return torch.full(shape, torch.nan, dtype=dtype, device=GPU)
+    return torch.full((*shape, 2), torch.nan, dtype=dtype, device=GPU)[..., 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["same", "cast"])
+@pytest.mark.parametrize("odd", [False, True], ids=["contiguous", "strided"])
+def test_every_layout_is_filled(way, dtype, odd, weights):
+    tensors, checkpoint = weights
+    jobs = [(lazy, empty(tuple(lazy.shape), dtype, odd)) for lazy in layouts(checkpoint)]
+    fill(jobs)
+    for (_, out), wanted in zip(jobs, layouts(tensors), strict=True):
+        assert torch.equal(out.cpu(), wanted.to(dtype))
+    assert device.pinned.bytes == 0
+
+
+def test_the_device_memory_beyond_the_tensors_is_small(weights):
+    _, checkpoint = weights
+    jobs = [(lazy, empty(tuple(lazy.shape), torch.float32, odd=False)) for lazy in layouts(checkpoint)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    fill(jobs)
+    lanes = device.REGISTERING + device.READING
+    assert torch.cuda.max_memory_allocated() - before <= lanes * device.CHUNK
+    assert torch.cuda.memory_allocated() == before
+    assert device.pinned.peak_bytes <= device.REGISTERING * device.REGISTERED + 2 * device.READING * device.CHUNK
+
+
+def test_work_that_was_enqueued_before_is_waited_for(weights):
+    tensors, checkpoint = weights
+    for _ in range(5):
+        old = torch.full((1500, 1000), 1.0, device=GPU)
+        torch.cuda._sleep(20_000_000)
+        old.mul_(2)
+        del old  # its memory is handed on while the product still waits
+        out = torch.empty(1500, 1000, device=GPU)
+        fill([(checkpoint["a"], out)])
+        assert torch.equal(out.cpu(), tensors["a"])
+
+
+def test_a_disk_that_fails_leaves_nothing_pinned(weights, monkeypatch):
+    _, checkpoint = weights
+
+    def fails(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr(positioned, "preadv", fails)
+    monkeypatch.setattr(device, "REGISTERING", 0)
+    with pytest.raises(CheckpointError, match="cannot be read at byte"):
+        fill([(lazy, empty(tuple(lazy.shape), torch.float32, odd=False)) for lazy in layouts(checkpoint)])
+    assert device.pinned.bytes == 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kernelgraft")]
+    torch.zeros(1, device=GPU).add_(1)
+    torch.cuda.synchronize()
+
+
+def test_a_module_goes_to_the_gpu_and_its_file_is_let_go(tmp_path):
+    model = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 100))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        loaded = nn.Sequential(nn.Linear(300, 200), nn.Linear(200, 100))
+    kernelgraft.load(loaded, tmp_path, device=GPU)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
+    gc.collect()
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path) not in maps.read()
+    assert open_files(tmp_path) == []

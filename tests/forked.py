@@ -1,0 +1,37 @@
+"""Work done by a process of its own, that has all this one has loaded: it may be killed, or limited.
+
+It must not be work that torch shares out among threads: in a forked process these never come.
+"""
+
+import os
+import signal
+import sys
+import traceback
+
+
+def forked(work, *args):
+    """Call `work` in a child process; how that ended: "done", "killed", or what it raised."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(read)
+        said = "done"
+        try:
+            work(*args)
+        except BaseException as error:
+            traceback.print_exc()
+            said = f"{type(error).__name__}: {error}"
+        os.write(write, said.encode())
+        sys.stderr.flush()
+        os._exit(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        said = pipe.read().decode()
+    _, status = os.waitpid(pid, 0)
+    return "killed" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else said
+
+
+def kill_self():
+    """End this process as a machine that is switched off would: nothing is cleaned up."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    signal.pause()
