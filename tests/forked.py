@@ -4,13 +4,17 @@ It must not be work that torch shares out among threads: in a forked process the
 """
 
 import os
+import select
 import signal
 import sys
 import traceback
 
 
-def forked(work, *args):
-    """Call `work` in a child process; how that ended: "done", "killed", or what it raised."""
+def forked(work, *args, kill_after=None):
+    """Call `work` in a child process; how that ended: "done", "killed", or what it raised.
+
+    With `kill_after` it is killed after so many seconds, if it is not done before.
+    """
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -25,6 +29,8 @@ def forked(work, *args):
         sys.stderr.flush()
         os._exit(0)
     os.close(write)
+    if kill_after is not None and not select.select([read], [], [], kill_after)[0]:
+        os.kill(pid, signal.SIGKILL)
     with open(read, "rb") as pipe:
         said = pipe.read().decode()
     _, status = os.waitpid(pid, 0)

@@ -7,15 +7,17 @@ import copy
 from collections.abc import Mapping
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import nn
-from transformers import core_model_loading as loading
-from transformers.modeling_utils import LoadStateDictConfig, PreTrainedModel
 
 from kernelgraft.checkpoint.files import FileTensor
 from kernelgraft.checkpoint.header import TensorEntry
 from kernelgraft.checkpoint.naming import load_lazily
 from kernelgraft.conversion import LazyTensor
+
+loading = pytest.importorskip("transformers.core_model_loading")
+modeling = pytest.importorskip("transformers.modeling_utils")
 
 KINDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
@@ -41,7 +43,7 @@ class Named(nn.Module):
     """A model with parameters of the given names and shapes, on the meta device."""
 
     base_model_prefix = "model"
-    _load_pretrained_model = staticmethod(PreTrainedModel._load_pretrained_model)
+    _load_pretrained_model = staticmethod(modeling.PreTrainedModel._load_pretrained_model)
 
     def __init__(self, shapes, rules=(), dtypes=None):
         super().__init__()
@@ -94,7 +96,7 @@ def loaded(load, shapes, checkpoint, rules, dtypes=None, **options):
     model = Named(shapes, rules, dtypes)
     options = {"dtype": torch.float32, "weight_mapping": copy.deepcopy(rules)} | options
     try:
-        info, _ = load(model, checkpoint, LoadStateDictConfig(**options))
+        info, _ = load(model, checkpoint, modeling.LoadStateDictConfig(**options))
     except Exception as error:
         return type(error), str(error)
     report = {kind: sorted(map(_plain, found)) for kind, found in vars(info).items() if kind != "conversion_errors"}

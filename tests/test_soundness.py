@@ -469,6 +469,24 @@ def test_the_layer_list_of_a_config_tells_layers_apart():
     assert stack_verdicts(Stack(*(Looks(index, config) for index in range(5))))[0] == [True, True, False, True, True]
 
 
+def test_a_config_list_of_one_entry_does_not():
+    class Config:
+        def __init__(self) -> None:
+            self.architectures = ["Stack"]
+
+    class Silent(Layer):
+        def __init__(self, layer_idx, config):
+            super().__init__(layer_idx)
+            self.config = config
+
+        def forward(self, hidden_states, cache=None):
+            Layer.num_runs += 1
+            return (hidden_states + self.mlp(self.norm(hidden_states)),)
+
+    config = Config()
+    assert stack_verdicts(Stack(*(Silent(index, config) for index in range(9)))) == ([True] * 9, 4)
+
+
 # The model stays as it was
 
 

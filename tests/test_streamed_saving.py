@@ -24,6 +24,7 @@ from kernelgraft.conversion.lazy import eager_steps
 from kernelgraft.errors import SaveError
 from leftovers import assert_nothing_left
 from test_models import CASES
+from transformers_state import Snapshot
 from twins import assert_same_state
 
 transformers = pytest.importorskip("transformers")
@@ -376,8 +377,27 @@ def test_a_kill_at_20_random_moments(dtype, tmp_path):
     assert_nothing_left(tmp_path / "folder")
 
 
+def test_a_kill_at_any_time(tmp_path):
+    old, new = tiny.model("llama", 0), tiny.model("llama", 1).half()
+    folder = tmp_path / "folder"
+    for after in random.Random(1).choices(range(60), k=8):
+        kernelgraft.save_pretrained(old, folder)
+        ended = forked(lambda: kernelgraft.save_pretrained(new, folder, max_shard_size="20KB"), kill_after=after / 1000)
+        assert ended in ("killed", "done")
+        loaded = type(old).from_pretrained(folder)
+        assert_same_state(loaded.state_dict(), (old if loaded.dtype == old.dtype else new).state_dict())
+
+
 def same(one, other):
     return all(torch.equal(tensor, other.state_dict()[name]) for name, tensor in one.state_dict().items())
+
+
+def test_nothing_of_it_stays_in_transformers(tmp_path):
+    twin, model = grafted()
+    kernelgraft.save_pretrained(twin, tmp_path / "first")  # what this imports is there now
+    before = Snapshot()
+    kernelgraft.save_pretrained(model, tmp_path / "second", max_shard_size="20KB")
+    assert before.changes() == []
 
 
 def test_a_save_says_nothing_of_its_own_on_the_way(tmp_path, capsys, caplog):

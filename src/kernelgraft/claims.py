@@ -100,6 +100,8 @@ class Claims:
 
     def _without_overlaps(self, fusions: list[Wanted], singles: list[Wanted]) -> list[Wanted]:
         """Leave out what a default table offers inside, or around, what was asked for."""
+        if not any(want.inherited for want in singles):
+            return singles
         asked: set[str] = set()
         around: dict[str, str] = {}  # a module around one that was asked for, and that one
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from kernelgraft.config import KernelConfig
 from kernelgraft.entry import Entry
+from kernelgraft.errors import PlanError
 from kernelgraft.functions import with_globals
 from kernelgraft.plan import Rejected
 from kernelgraft.recording import Recording, recorded
@@ -121,9 +122,13 @@ def saving_class(cls: Any, replacements: Callable[[Mapping[str, Any]], Mapping[s
     new = replacements(calls.__globals__)
     if not all(name in calls.__globals__ and name in calls.__code__.co_names for name in new):
         return None
+    try:
+        ours = with_globals(theirs, new)
+    except PlanError:
+        return None
     named = {"__module__": cls.__module__, "__qualname__": cls.__qualname__}
     # In the order of bases it comes right before Transformers' own, so that `super().save_pretrained` finds it.
-    layer = type(base.__name__, (base,), {"__module__": base.__module__, "save_pretrained": with_globals(theirs, new)})
+    layer = type(base.__name__, (base,), {"__module__": base.__module__, "save_pretrained": ours})
     return type(cls.__name__, (cls, layer), named)
 
 

@@ -4,7 +4,10 @@ Every message says what was asked, what was found, and what to write instead. Er
 also `ValueError` or `TypeError`, so that code which knows nothing of this package can catch them.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kernelgraft.verify.report import Report
 
 
 class KernelGraftError(Exception):
@@ -50,6 +53,6 @@ class VerificationError(KernelGraftError, RuntimeError):
         report: The `kernelgraft.verify.Report` of what was tried; `None` if nothing could be.
     """
 
-    def __init__(self, message: str, report: Any = None) -> None:
+    def __init__(self, message: str, report: "Report | None" = None) -> None:
         super().__init__(message)
         self.report = report

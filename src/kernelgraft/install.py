@@ -183,7 +183,7 @@ def _parameter(value: torch.Tensor, requires_grad: bool) -> nn.Parameter:
     if not isinstance(value, LazyTensor):
         return nn.Parameter(value, requires_grad)
     # What torch does with a subclass, but for a detach, which would be recorded: nobody else has this tensor.
-    value._is_param = True  # type: ignore[attr-defined]
+    value._is_param = True
     return value.requires_grad_(requires_grad)  # type: ignore[return-value]
 
 

@@ -97,13 +97,13 @@ def make_layout(
     Raises:
         PlanError: The layout's `__init__` cannot take what there is, or raises.
     """
-    takes_modules = len(members) > 1 or hasattr(layout, "from_module")
-    copies = [_on_meta(member.module) for member in members] if takes_modules else []
-    if takes_modules:
-        args, kwargs = tuple(copy for copy, _ in copies), {}
+    if len(members) > 1 or hasattr(layout, "from_module"):
+        copies = [_on_meta(member.module) for member in members]
+        modules = tuple(copy for copy, _ in copies)
+        call = _Construction(layout, modules, {}, from_module=len(members) == 1)
     else:
-        args, kwargs = _recorded(layout, type(members[0].module), arguments, signatures)
-    call = _Construction(layout, args, kwargs, from_module=takes_modules and len(members) == 1)
+        copies = []
+        call = _Construction(layout, *_recorded(layout, type(members[0].module), arguments, signatures))
     with torch.random.fork_rng(devices=[]), torch.device("meta"), WithoutDrawing():
         made = call.build()
     contents = Contents(made)

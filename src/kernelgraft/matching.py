@@ -60,6 +60,18 @@ def answers_to(cls: type, name: str) -> bool:
     return prefix != cls.__name__ and any(_starts(family, prefix) for family in _families(cls))
 
 
+class _Answers:
+    """`answers_to`, asked once about each class and name."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[type, str], bool] = {}
+
+    def __call__(self, cls: type, name: str) -> bool:
+        if (cls, name) not in self._known:
+            self._known[cls, name] = answers_to(cls, name)
+        return self._known[cls, name]
+
+
 def names_of(cls: type) -> list[str]:
     """The names under which a config can ask for modules of class `cls`, the most general first."""
     names = [getattr(cls, "kernel_layer_name", None)]
@@ -98,7 +110,7 @@ def _path_regex(pattern: str) -> re.Pattern[str]:
 
 def find_modules(modules: Mapping[str, nn.Module], name: str) -> list[Claim]:
     """One claim for each module whose class answers to `name`."""
-    answers = functools.cache(answers_to)
+    answers = _Answers()
     return [Claim((path,), (name,)) for path, module in modules.items() if path and answers(type(module), name)]
 
 
@@ -120,7 +132,7 @@ def find_fusions(modules: Mapping[str, nn.Module], pairs: Sequence[Pair], prefix
     if not holders:
         raise PlanError(_nothing_matches(modules, pairs))
     claims = []
-    answers = functools.cache(answers_to)
+    answers = _Answers()
     for parent in holders:
         paths = tuple(_join(parent, child) for child in children)
         for path, (name, pattern) in zip(paths, pairs, strict=True):
@@ -191,7 +203,7 @@ def collapse_kinds(modules: Mapping[str, nn.Module]) -> dict[str, type]:
 
 def near_misses(modules: Mapping[str, nn.Module], name: str, taken: set[str]) -> Iterator[NearMiss]:
     """Modules that a person might think `name` means, with the reason why they were not taken."""
-    answers = functools.cache(answers_to)
+    answers = _Answers()
     for path, module in modules.items():
         class_name = type(module).__name__
         if not path or path in taken or name.lower() not in class_name.lower():

@@ -311,9 +311,9 @@ def _listener(into: tuple[_WeakRecords, ...], before: Callable[..., Any] | None)
 def _note(frame: FrameType, into: tuple[_WeakRecords, ...]) -> None:
     code, variables = frame.f_code, frame.f_locals
     if code.co_argcount:
-        module = variables.get(code.co_varnames[0])
+        first: Any = variables.get(code.co_varnames[0])
         # The outermost __init__ came first: those of the bases, half of all, find the module here.
-        if not issubclass(type(module), nn.Module) or all([module in records for records in into]):
+        if not issubclass(type(first), nn.Module) or all(first in records for records in into):
             return
     call = _call_of(code, variables)
     if call is None or not issubclass(type(call[0]), nn.Module):

@@ -66,8 +66,8 @@ def check_hooks(paths: Sequence[str], members: Sequence[Contents]) -> None:
             hooks = [hook for name in _FORWARD_HOOKS if own.get(name) for hook in own[name].values()]
             if any(getattr(hook, "__module__", None) != _RECORDERS for hook in hooks):
                 raise PlanError(
-                    f"{joined(path, inner)!r} has forward or backward hooks, which would not see what they expect: a kernel "
-                    f"takes its place. Remove the hooks before grafting, and add them to the grafted model."
+                    f"{joined(path, inner)!r} has forward or backward hooks, which would not see what they expect: a "
+                    f"kernel takes its place. Remove the hooks before grafting, and add them to the grafted model."
                 )
 
 

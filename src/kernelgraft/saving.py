@@ -68,7 +68,7 @@ def save_pretrained(model: Any, graft: "Graft | None", folder: str | Path, *args
         ConversionError: A rule of the graft has no inverse.
         SaveError: The files cannot be written. What was in the folder has not changed.
     """
-    cls: Any = type(model) if graft is None else graft._original_class
+    cls = _original(model)
     said = compat.save_arguments(model, folder, *args, **kwargs)
     record = recorded_config.record_of(graft, folder)
     if said is None or not compat.saves_by_itself(model, said) or not _save_theirs(model, graft, cls, said, record):
@@ -88,8 +88,13 @@ def original_tree(model: nn.Module, graft: "Graft | None") -> nn.Module:
         return tree
     for name in [name for name, value in vars(tree).items() if value is graft]:
         del vars(tree)[name]
-    tree.__class__ = graft._original_class
+    tree.__class__ = _original(model)
     return _ungrafted(tree)
+
+
+def _original(model: nn.Module) -> Any:
+    """The class of a model before it was grafted."""
+    return getattr(type(model), "_kernelgraft_original", type(model))
 
 
 def _ungrafted(module: nn.Module) -> nn.Module:

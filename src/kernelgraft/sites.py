@@ -3,7 +3,7 @@
 A model has many sites of few kinds. Every check looks at every site; what sites of a kind share is worked out once.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -91,7 +91,10 @@ class SitePlanner:
         members = [Contents(self._modules[path]) for path in paths]
         self._check_not_shared(paths)
         check_members(paths, members, live=self._subject.live)
-        chosen = self._chooser.chosen(entry, self._device_of(paths, members), place, inherited=want.inherited)
+        devices = self._devices_of(paths, members)
+        check_one_device(paths[0], devices)
+        device = next(iter(devices.values()), self._device)
+        chosen = self._chooser.chosen(entry, device, place, inherited=want.inherited)
         if chosen is None:
             return None
         layout = _one_layout(entry, chosen.modes, fused=want.claim.is_fusion)
@@ -103,7 +106,7 @@ class SitePlanner:
         made = make_layout(layout, members, arguments, self._signatures)
         kind = self._kind(entry, chosen, made, paths, members, host)
         assert kind.plan.program is not None
-        self._check_tensors(paths, members, kind.plan.program)
+        self._check_tensors(paths, members, kind.plan.program, devices)
         keys = self._class_keys(layout, chosen, made.layout, members, host)
         self._check_attributes(chosen, made.layout, members[host].module, paths[host])
         self._check_recorded(paths, members, host)
@@ -134,14 +137,13 @@ class SitePlanner:
                     f"replaced at one of them. Leave it out of the config."
                 )
 
-    def _device_of(self, paths: Sequence[str], members: Sequence[Contents]) -> torch.device:
-        devices = {
-            (full := joined(path, name)): self._subject.device(full, tensor)
+    def _devices_of(self, paths: Sequence[str], members: Sequence[Contents]) -> dict[str, torch.device]:
+        """Where each parameter is, or will be, by its names in the model."""
+        return {
+            (full := f"{path}.{name}"): self._subject.device(full, tensor)
             for path, member in zip(paths, members, strict=True)
             for name, tensor in member.all_parameters.items()
         }
-        check_one_device(paths[0], devices)
-        return next(iter(devices.values()), self._device)
 
     def _kind(
         self, entry: Entry, chosen: Chosen, made: Made, paths: Sequence[str], members: Sequence[Contents], host: int
@@ -180,13 +182,19 @@ class SitePlanner:
             self._rules[layout, count] = rules, names_places(layout)
         return self._rules[layout, count]
 
-    def _check_tensors(self, paths: Sequence[str], members: Sequence[Contents], program: Program) -> None:
+    def _check_tensors(
+        self,
+        paths: Sequence[str],
+        members: Sequence[Contents],
+        program: Program,
+        devices: Mapping[str, torch.device],
+    ) -> None:
         originals = originals_of(members)
         for target, names in program.feeds.items():
             if len(names) > 1:
                 sources = {full_name(name, paths): originals[name] for name in names}
-                where = {name: self._subject.device(name, tensor) for name, tensor in sources.items()}
                 dtypes = {name: self._subject.dtype_of(name) or tensor.dtype for name, tensor in sources.items()}
+                where = {name: devices.get(name) or self._subject.device(name, each) for name, each in sources.items()}
                 check_sources_agree(paths[0], target, sources, dtypes, where)
         moved = {full_name(name, paths): originals[name] for name in program.moved}
         check_shared(paths[0], moved, self._users, self._ties)

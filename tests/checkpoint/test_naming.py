@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import kernelgraft
+import tiny
 from kernelgraft.conversion import LazyTensor
 from named_models import Opened, fitted, led_to, loaded_both_ways, names_of_a_model
 
@@ -140,10 +141,13 @@ def test_every_registered_conversion_comes_out_as_transformers_own(left_to_trans
 # --- real models
 
 
-@pytest.fixture
-def moe_folder(checkpoint):
+@pytest.fixture(scope="module")
+def moe_folder(tmp_path_factory):
     """A dense layer, then eleven with nine experts each: numbers of one and of two digits."""
-    return checkpoint("qwen3_moe", num_hidden_layers=12, num_experts=9, mlp_only_layers=[0], hidden_size=16)
+    folder = tmp_path_factory.mktemp("moe")
+    sizes = {"num_hidden_layers": 12, "num_experts": 9, "hidden_size": 16, "moe_intermediate_size": 6}
+    tiny.model("qwen3_moe", mlp_only_layers=[0], **sizes).save_pretrained(folder)
+    return folder
 
 
 def both(folder, cls=transformers.AutoModelForCausalLM, **options):

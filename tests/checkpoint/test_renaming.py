@@ -49,7 +49,7 @@ ASKING = [
 ]
 
 # They ask for numbers in a way that is not looked into, so they count as being for all names.
-ASKING_SOMEHOW = [r"layers\.\d{2}\.", r"layers\.(?!0\.)", r"(?<!layers\.)7", r"(?<!layers\.[0-9])\.7", r"layers\.(.)\1"]
+ASKING_SOMEHOW = [r"layers\.\d{2}\.", r"layers\.(?!0\.)", r"(?<!layers\.)7", r"(?<!layers\.[0-9])\.7"]
 
 
 def renaming(*rules):

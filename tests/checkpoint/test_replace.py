@@ -358,6 +358,27 @@ def test_a_kill_at_any_step(old, new, situation, tmp_path):
         assert_nothing_left(folder)
 
 
+def test_a_save_of_other_weights_after_a_kill(tmp_path):
+    before, after = before_and_after("two", "two", "changed", record=True)
+    others = {"logs/run.txt": "theirs"}
+    put(tmp_path / "first", before | others)
+    for n in range(1, steps_of(tmp_path / "first", after) + 1, 3):
+        folder = tmp_path / f"{n}"
+        put(folder, before | others)
+
+        def run(folder=folder, n=n):
+            kill_at(n)
+            save(folder, after)
+
+        assert forked(run) in ("killed", "done")
+        found = loads(folder) or ("same", {"old"})
+        with replacing(folder, Names.of_variant("fp16")) as new:
+            put(new, {"model.fp16.safetensors": "half"})
+        assert loads(folder) == found, n
+        assert (folder / "model.fp16.safetensors").read_text() == "half"
+        assert_nothing_left(folder)
+
+
 def test_ctrl_c_while_the_new_checkpoint_takes_its_place(tmp_path, monkeypatch):
     rename = os.rename
 

@@ -1,4 +1,4 @@
-"""What only a GPU shows of writing: files from its memory. The suite runs on CPU; on a machine with CUDA these run too."""
+"""What only a GPU shows of writing: files from its memory. On a machine with CUDA these run as well."""
 
 import pytest
 import torch

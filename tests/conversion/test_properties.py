@@ -6,9 +6,9 @@ import math
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from relayouts import layout, sources
 
 from kernelgraft.conversion import LazyTensor, Program, eager_steps
+from relayouts import layout, sources
 
 EXAMPLES = settings(max_examples=150, deadline=None)
 

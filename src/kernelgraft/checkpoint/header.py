@@ -38,7 +38,7 @@ _ENTRY = re.compile(
 )
 
 # What the format calls it: bits per element, and what torch calls it.
-_KINDS: dict[str, tuple[int, torch.dtype | None]] = {
+KINDS: dict[str, tuple[int, torch.dtype | None]] = {
     "BOOL": (8, torch.bool),
     "F4": (4, torch.float4_e2m1fn_x2),
     "F6_E2M3": (6, None),
@@ -88,7 +88,7 @@ class TensorEntry(NamedTuple):  # no dataclass: a checkpoint has 100,000 of them
         Raises:
             CheckpointError: Torch has none of this kind.
         """
-        dtype = _KINDS[self.kind][1]
+        dtype = KINDS[self.kind][1]
         if dtype is None:
             raise CheckpointError(
                 f"{shown(self.name)} has dtype {self.kind}, which torch does not have. Convert it to another dtype "
@@ -197,9 +197,9 @@ def _held(kind: str, dims: list[int]) -> Held:
     Raises:
         ValueError: There is no such tensor. The text goes on after the tensor's name.
     """
-    if kind not in _KINDS:
-        raise ValueError(f"has dtype {shown(kind)}; there are {', '.join(_KINDS)}")
-    bits = _KINDS[kind][0]
+    if kind not in KINDS:
+        raise ValueError(f"has dtype {shown(kind)}; there are {', '.join(KINDS)}")
+    bits = KINDS[kind][0]
     spread = 1  # elements as if no dimension were 0, since strides must fit as well
     for dim in dims:
         if dim < 0:

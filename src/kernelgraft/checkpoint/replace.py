@@ -81,7 +81,7 @@ def replacing(folder: str | Path, names: Names, obsolete: Sequence[str] = ()) ->
         try:
             for other in others(folder):
                 if other != place and other.claim():
-                    _recover(other, names)
+                    _recover(other)
                     other.remove()
             yield place.new
             _sync_tree(place.new)
@@ -119,16 +119,16 @@ def _sync_tree(folder: Path) -> None:
     sync(folder)
 
 
-def _recover(dead: Place, names: Names) -> None:
-    """Undo what a killed save had taken away, if nothing has come in its place."""
+def _recover(dead: Place) -> None:
+    """Undo what a killed save had begun, unless its checkpoint is there: then no weights are where it was made."""
     folder = dead.folder
-    if dead.aside.is_dir() and not any((folder / name).exists() for name in (names.single, names.index)):
+    if any(".safetensors" in path.name for path in _files(dead.new)):
         for path in _files(dead.aside):
             os.replace(dead.aside / path, folder / path)
-    found = _named(folder / names.index)
-    for name in os.listdir(folder):
-        # Another save's stand-ins are complete before they are looked for, and no other save is under way.
-        if name not in found and dead.mark in name and names.is_shard(name):
+    names = os.listdir(folder)
+    found = {shard for name in names if ".safetensors.index" in name for shard in _named(folder / name)}
+    for name in names:
+        if f"-kg{dead.mark}-" in name and name not in found:
             os.unlink(folder / name)
 
 

@@ -283,9 +283,10 @@ def _clip(placed: Placed, axis: int, low: int, high: int) -> Iterator[Placed]:
     inside = range(max(0, -((first - low) // step)), min(size, (high - 1 - inner - first) // step + 1))
     if inside:
         yield placed.cut(position, inside.start, inside.stop)
-    for i in touched:
-        if i not in inside:
-            yield from _clip(placed.cut(position, i, i + 1), axis, low, high)
+    # Not by looking for `i` in `inside`: a dim may have millions of indices.
+    before, after = range(touched.start, inside.start), range(inside.stop, touched.stop)
+    for i in (*before, *after) if inside else touched:
+        yield from _clip(placed.cut(position, i, i + 1), axis, low, high)
 
 
 def _every(placed: Placed, axis: int, step: int) -> Iterator[Placed]:

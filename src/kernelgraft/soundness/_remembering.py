@@ -15,7 +15,7 @@ _PLAIN = (torch.Tensor, nn.Parameter)
 _ATOMS = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
-class Remembering(TorchDispatchMode):
+class Remembering(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside the block, what only makes new meta tensors makes them as it did for inputs of the same form.
 
     Anything else runs as ever: views, what writes in place, and whatever has to do with a tensor that is not on meta.
@@ -30,7 +30,7 @@ class Remembering(TorchDispatchMode):
         return False
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._is_for_us: dict[Any, bool] = {}
         self._made: dict[Any, tuple[Any, ...]] = {}
 
