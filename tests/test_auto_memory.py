@@ -111,12 +111,12 @@ def break_index(folder, monkeypatch):
 
 
 def break_reading(folder, monkeypatch):
-    from kernelgraft.checkpoint.files import FileTensor
+    from kernelgraft.checkpoint import positioned
 
-    def read(self):
+    def read(*_):
         raise OSError("the disk is gone")
 
-    monkeypatch.setattr(FileTensor, "read", read)
+    monkeypatch.setattr(positioned, "preadv", read)
     return GUIDE, {}
 
 
@@ -130,7 +130,7 @@ def break_shapes(folder, monkeypatch):
 
 BREAKS = {
     "a file that is none": (break_index, (CheckpointError, SafetensorError)),
-    "a read that fails": (break_reading, OSError),
+    "a read that fails": (break_reading, CheckpointError),
     "a plan that is refused": (break_plan, PlanError),
     "other shapes": (break_shapes, RuntimeError),
 }

@@ -78,7 +78,7 @@ CASES = [
     Case("gemma3", {(BEFORE, MLP): "gemma3.py:PreNormMLP", "RMSNorm": "gemma3.py:OffsetNorm"}, 13),
     Case("gemma3", {(MLP, AFTER): "gemma3.py:MLPPostNorm"}, 2),
     Case("gemma3", {(BEFORE, MLP, AFTER): "gemma3.py:Sandwich"}, 2),
-    Case("qwen3_moe", {"Experts": "experts.py:TransposedExperts"}, 2, exact=False),
+    Case("qwen3_moe", {"Experts": "experts.py:TransposedExperts"}, 2, exact=False, same_blas=False),
     Case(
         "qwen3_moe", {"Experts": "experts.py:RestackedExperts", "Attention": "attention.py:NormedAttention"}, 4, False
     ),
@@ -93,7 +93,13 @@ CASES = [
     Case("bert", {"LayerNorm": "encoder.py:AffineNorm"}, 6),
     Case("bert", {BERT_FEED_FORWARD: "encoder.py:BertFeedForward", "LayerNorm": "encoder.py:AffineNorm"}, 6),
     Case("vit", {"LayerNorm": "encoder.py:AffineNorm"}, 5),
-    Case("vit", {VIT_FEED_FORWARD: "encoder.py:VitFeedForward", "LayerNorm": "encoder.py:AffineNorm"}, 5, exact=False),
+    Case(
+        "vit",
+        {VIT_FEED_FORWARD: "encoder.py:VitFeedForward", "LayerNorm": "encoder.py:AffineNorm"},
+        5,
+        exact=False,
+        same_blas=False,
+    ),
 ]
 
 
@@ -117,13 +123,18 @@ def assert_same(found, expected):
 
 
 def assert_close(found, expected, rtol):
-    """The same, but each value may be off by `rtol` of it or of the largest in its tensor."""
+    """The same, but each value may be off by `rtol` of it or of the largest in its tensor.
+
+    What is nothing but rounding, as the gradient of a key's bias before a softmax, is measured on all tensors.
+    """
     assert list(found) == list(expected)
+    given = [tensor for tensor in expected.values() if tensor is not None]
+    nothing = 1e-3 * torch.finfo(given[0].dtype).eps * max(float(tensor.abs().max()) for tensor in given)
     for name, tensor in expected.items():
         if tensor is None:
             assert found[name] is None, name
         else:
-            atol = rtol * float(tensor.abs().max())
+            atol = max(rtol * float(tensor.abs().max()), nothing)
             torch.testing.assert_close(found[name], tensor, rtol=rtol, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -146,7 +157,11 @@ def test_load_run_save_reload_remove(case, checkpoint, tmp_path):
     else:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     with graft.reference():
-        assert torch.equal(tiny.logits(model, kind), expected)
+        found = tiny.logits(model, kind)
+    if case.same_blas:
+        assert torch.equal(found, expected)
+    else:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
     assert_same(model.state_dict(), plain.state_dict())
     kernelgraft.save_pretrained(model, tmp_path)

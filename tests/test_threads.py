@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 import kernelgraft
 import tiny
@@ -26,6 +27,12 @@ def switch_often():
     sys.setswitchinterval(5e-6)
     yield
     sys.setswitchinterval(before)
+
+
+@pytest.fixture(autouse=True)
+def tie_weights(monkeypatch):
+    """Transformers takes this method away while it loads, and loads in several threads may leave it so."""
+    monkeypatch.setattr(PreTrainedModel, "tie_weights", PreTrainedModel.tie_weights)
 
 
 def in_threads(work, num_threads=NUM_THREADS):

@@ -87,7 +87,7 @@ def live_bytes():
     gc.collect()
     storages = {}
     for found in gc.get_objects():
-        if type(found) in (torch.Tensor, nn.Parameter) and not found.is_meta:
+        if type(found) in (torch.Tensor, nn.Parameter) and not found.is_meta and found.layout == torch.strided:
             storage = found.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())

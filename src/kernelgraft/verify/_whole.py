@@ -1,0 +1,210 @@
+"""The whole model with its kernels beside the same model on its originals: outputs, greedy tokens with a cache, loss.
+
+There is no copy of the model in a higher precision to measure both against. What stands in its place is the original's
+own noise: the model on its originals once more, with the output of every site moved by a rounding. A right kernel
+changes the model's outputs by about as much.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelgraft.graft import Graft
+from kernelgraft.verify._drawing import Drawing, ModelInputs, cache_name, following, takes
+from kernelgraft.verify._tolerance import distance, rounding
+from kernelgraft.verify._values import direct, spelt
+from kernelgraft.verify.report import WHOLE_MODEL, Check, Figure
+
+NEIGHBOURS = 3
+"""Runs of the originals with outputs that are moved; the one that strays furthest counts, row by row."""
+
+NUM_STEPS = 8
+"""Tokens of the greedy search, after a prompt of one batch."""
+
+
+@dataclass(frozen=True)
+class _Subject:
+    graft: Graft
+    on_originals: Callable[[], AbstractContextManager[None]]
+    training: bool
+    seed: int
+
+    def kernels(self, run: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        torch.manual_seed(self.seed)
+        return run()
+
+    def originals(self, run: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        torch.manual_seed(self.seed)
+        with self.on_originals():
+            return run()
+
+    def noisy(self, run: Callable[[], dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
+        for draw in range(NEIGHBOURS):
+            generator = torch.Generator().manual_seed(self.seed + draw)
+            with ExitStack() as stack:
+                for installed in self.graft._installed:
+                    last = list(installed.modules.values())[-1]
+                    handle = last.register_forward_hook(_moving(generator))
+                    stack.callback(handle.remove)
+                yield self.originals(run)
+
+
+def _moving(generator: torch.Generator) -> Callable[..., Any]:
+    def moved(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, torch.Tensor):
+            return _moved(output, generator)
+        if type(output) is tuple:
+            return tuple(_moved(each, generator) if isinstance(each, torch.Tensor) else each for each in output)
+        for name, tensor in direct(output, ""):
+            output[name.removeprefix(".")] = _moved(tensor, generator)
+        return output
+
+    return moved
+
+
+def _moved(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device) * 2 - 1
+    step = 2 * rounding(tensor.dtype, tensor.shape[-1] if tensor.ndim else 1)
+    return (tensor.double() * (1 + signs * step)).to(tensor.dtype)
+
+
+def whole_model(
+    graft: Graft,
+    inputs: ModelInputs,
+    drawing: Drawing,
+    on_originals: Callable[[], AbstractContextManager[None]],
+    training: bool,
+    seed: int,
+) -> Iterator[Check]:
+    """Outputs for the inputs; of a language model also the greedy tokens with a cache, and the loss.
+
+    Args:
+        graft: The graft.
+        inputs: What the model is called with.
+        drawing: Draws the prompt.
+        on_originals: Makes a block inside which sites run their originals.
+        training: The mode in which the kernels can run.
+        seed: What is drawn is drawn with it.
+    """
+    model = graft.model
+    subject = _Subject(graft, on_originals, training, seed)
+    plain = inputs.without_cache(model)
+    yield _check(subject, "outputs", plain, lambda: _outputs(plain.run(model)))[0]
+    labels = _labels(model, inputs)
+    if labels is not None:
+        with_labels = plain.having(labels=labels)
+        yield _check(subject, "loss", with_labels, lambda: {"loss": with_labels.run(model).loss})[0]
+    prompt = drawing.inputs() if not training and cache_name(model) else None
+    if prompt is not None and {"input_ids", "decoder_input_ids"} & prompt.kwargs.keys():
+        yield _decoding(subject, prompt)
+
+
+def _outputs(out: Any) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("output."): tensor for name, tensor in direct(out, "output")}
+
+
+def _labels(model: nn.Module, inputs: ModelInputs) -> torch.Tensor | None:
+    """The tokens themselves, for a language model: one that takes as many labels as tokens."""
+    tokens = inputs.kwargs.get("decoder_input_ids", inputs.kwargs.get("input_ids"))
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    return tokens if takes(model, "labels") and head is not None and isinstance(tokens, torch.Tensor) else None
+
+
+def _check(
+    subject: _Subject,
+    case: str,
+    inputs: ModelInputs,
+    run: Callable[[], dict[str, torch.Tensor]],
+    expected: dict[str, torch.Tensor] | None = None,
+) -> tuple[Check, dict[str, torch.Tensor]]:
+    """Compare what a run gives with kernels and without; beside the check, what it gives with them."""
+    mode = "train" if subject.training else "eval"
+    said = spelt(dict(each for name, value in _named(inputs) for each in direct(value, name)))
+    made = Check(-1, WHOLE_MODEL, case, mode, "", said)
+    expected = subject.originals(run) if expected is None else expected
+    before = subject.graft.calls
+    try:
+        found = subject.kernels(run)
+    except Exception as error:
+        return replace(made, faults=(f"with kernels it raises {type(error).__name__}: {error}",)), {}
+    after = subject.graft.calls
+    note = f"kernels ran {after.kernel - before.kernel} times, originals {after.reference - before.reference} times"
+    faults = []
+    figures = []
+    noise = _Noise(subject, run)
+    for name, exact in expected.items():
+        fault, figure = _compared(name, found.get(name), exact, noise)
+        faults += [fault] if fault else []
+        figures += [figure] if figure else []
+    return replace(made, faults=tuple(faults), figures=tuple(figures), note=note), found
+
+
+class _Noise:
+    """The runs of originals whose outputs are moved, made as they are asked for."""
+
+    def __init__(self, subject: _Subject, run: Callable[[], dict[str, torch.Tensor]]) -> None:
+        self._more = subject.noisy(run)
+        self._runs: list[dict[str, torch.Tensor]] = []
+
+    def of(self, name: str, count: int) -> list[torch.Tensor]:
+        while len(self._runs) < count:
+            self._runs.append(next(self._more))
+        return [each[name] for each in self._runs if name in each]
+
+
+def _named(inputs: ModelInputs) -> Iterator[tuple[str, Any]]:
+    yield from ((f"args[{index}]", value) for index, value in enumerate(inputs.args))
+    yield from inputs.kwargs.items()
+
+
+def _compared(name: str, found: torch.Tensor | None, exact: torch.Tensor, noise: _Noise) -> tuple[str, Figure | None]:
+    if found is None or found.shape != exact.shape or found.dtype != exact.dtype:
+        have = "missing" if found is None else f"{found.dtype}{list(found.shape)}"
+        return f"{name} is {have}, and the original's {exact.dtype}{list(exact.shape)}", None
+    if not exact.is_floating_point() or not exact.numel():
+        return ("" if torch.equal(found, exact) else f"{name} is not equal"), None
+    lost = exact.isfinite() & ~found.isfinite()
+    if lost.any():
+        return f"{name}: {int(lost.sum())} of {lost.numel()} values are not finite", None
+    length = exact.shape[-1] if exact.ndim else 1
+    measured = distance(found, [exact], exact, exact.dtype, length)
+    for count in range(1, NEIGHBOURS + 1) if not torch.equal(found, exact) else ():
+        measured = distance(found, noise.of(name, count), exact, exact.dtype, length)
+        if measured.is_close:
+            break
+    figure = Figure.of(name, measured, exact.ndim > 1)
+    return ("" if figure.passed else str(figure)), figure
+
+
+# --- greedy search
+
+
+def _decoding(subject: _Subject, prompt: ModelInputs) -> Check:
+    """Each step after the original's own tokens, so that all steps can be compared, and one tie does not end it."""
+    model = subject.graft.model
+    chosen = subject.originals(lambda: _steps(model, prompt, None))
+    forced = chosen.pop("tokens")
+    case = f"{NUM_STEPS} greedy tokens with a cache"
+    check, found = _check(subject, case, prompt, lambda: _steps(model, prompt, forced), chosen)
+    if not found:
+        return check
+    same = int((found["tokens"] == forced).sum())
+    return replace(check, note=f"{same} of {forced.numel()} tokens are the original's")
+
+
+def _steps(model: nn.Module, prompt: ModelInputs, forced: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """Logits (steps, B, vocab) and the likeliest tokens (steps, B), going on after `forced` or after those."""
+    out = prompt.having(use_cache=True).run(model)
+    logits = [out.logits[:, -1]]
+    tokens = [logits[0].argmax(-1)]
+    for step in range(NUM_STEPS - 1):
+        out = following(model, out, (tokens[-1] if forced is None else forced[step])[:, None]).run(model)
+        logits.append(out.logits[:, -1])
+        tokens.append(logits[-1].argmax(-1))
+    return {"logits": torch.stack(logits), "tokens": torch.stack(tokens)}
