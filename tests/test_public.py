@@ -1,5 +1,6 @@
 """What users import: the public names, and what importing the package costs."""
 
+import inspect
 import subprocess
 import sys
 
@@ -62,3 +63,9 @@ def test_errors_are_one_family():
     assert all(issubclass(error, kernelgraft.errors.KernelGraftError) for error in errors)
     for name in ("ConfigError", "KernelError", "PlanError", "ConversionError", "CheckpointError"):
         assert issubclass(getattr(kernelgraft.errors, name), ValueError)
+
+
+def test_what_a_graft_answers():
+    names = {"plan", "remove", "verify", "benchmark", "update", "packed_names", "calls", "names", "reference", "model"}
+    assert {name for name in vars(kernelgraft.Graft) if not name.startswith("_")} >= names - {"plan", "model"}
+    assert inspect.signature(kernelgraft.graft).parameters["verify"].default is False
