@@ -180,6 +180,19 @@ def test_lazy_sources_are_pulled_through():
         assert torch.equal(out, expected)
 
 
+def test_sites_whose_sources_are_laid_out_alike_or_otherwise():
+    """Expert by expert, as a checkpoint has them, in two sites alike, and in a third one in another order."""
+    whole = LazyTensor.of(TensorSource("experts", torch.empty(3, I, H)))
+    program = Program.trace({"packed": whole.transpose(1, 2)}, {"experts": whole})
+    for order in ([0, 1, 2], [0, 1, 2], [2, 1, 0]):
+        experts = [torch.randn(I, H) for _ in order]
+        lazies = [LazyTensor.of(TensorSource(f"{index}", expert)) for index, expert in enumerate(experts)]
+        found = program.lazy("packed", {"experts": torch.stack([lazies[index] for index in order])})
+        expected = torch.stack([experts[index] for index in order]).transpose(1, 2)
+        assert torch.equal(found.materialize(), expected)
+        assert {source.name for source in found.sources} == {"0", "1", "2"}
+
+
 def by_hand(*regions, shape=(4, 6)):
     pieces = [
         Piece(View("p", size, stride, offset), View("s", size, stride, offset)) for size, stride, offset in regions

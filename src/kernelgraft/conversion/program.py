@@ -15,7 +15,7 @@ import torch
 
 from kernelgraft.conversion.coverage import covered_once, elements, written
 from kernelgraft.conversion.lazy import LazyTensor, copy_move, follow, is_lossless
-from kernelgraft.conversion.moves import Move, Shape, normal
+from kernelgraft.conversion.moves import Dim, Move, Shape, normal
 from kernelgraft.conversion.part import Part, part_of
 from kernelgraft.conversion.views import Piece, View
 from kernelgraft.errors import ConversionError
@@ -234,8 +234,32 @@ class Program:
         cast = [lazy for lazy in lazies.values() if lazy.dtype != dtype]
         if any(lazy.rounding(source.dtype, dtype) for lazy in cast for source in lazy.sources):
             return None
-        moves = [piece for move in self.moves[target_name] for piece in follow(move, lazies[str(move.source)])]
-        return LazyTensor(normal(moves), self.targets[target_name], dtype, first.device)
+        return LazyTensor(self._followed(target_name, lazies), self.targets[target_name], dtype, first.device)
+
+    def _followed(self, target_name: str, lazies: Mapping[str, LazyTensor]) -> tuple[Move, ...]:
+        """A target's moves out of what its sources are made of: worked out once for all that are laid out alike."""
+        numbers: dict[int, int] = {}
+        origins: list[object] = []
+        layout: list[object] = []
+        for lazy in lazies.values():
+            layout.append(tuple(lazy.shape))
+            for move in lazy.moves:
+                number = numbers.setdefault(id(move.source), len(numbers))
+                if number == len(origins):
+                    origins.append(move.source)
+                layout.append((number, move.dims, move.into, move.of))
+        key = (target_name, tuple(layout))
+        if key not in self._layouts:
+            moves = normal(p for move in self.moves[target_name] for p in follow(move, lazies[str(move.source)]))
+            if any(id(move.source) not in numbers for move in moves):
+                return moves  # something was read on the way
+            self._layouts[key] = [(numbers[id(move.source)], move.dims, move.into, move.of) for move in moves]
+        return tuple(Move(origins[number], dims, into, of) for number, dims, into, of in self._layouts[key])
+
+    @cached_property
+    def _layouts(self) -> dict[object, list[tuple[int, tuple[Dim, ...], int, int]]]:
+        """What `_followed` has worked out so far."""
+        return {}
 
     def part(self, source_name: str) -> Part:
         """How a source reads from the targets, and is written into them."""
