@@ -17,7 +17,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python examples/smollm2.py
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n logical
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -28,7 +28,7 @@ lint: $(READY)
 test-older:
 	$(MAKE) VENV=$(VENV)-older TRANSFORMERS=$(OLDER_TRANSFORMERS) $(VENV)-older/.ready-$(OLDER_TRANSFORMERS)
 	$(VENV)-older/bin/python examples/smollm2.py
-	$(VENV)-older/bin/python -m pytest -n auto -m transformers
+	$(VENV)-older/bin/python -m pytest -n logical -m transformers
 
 $(VENV)/.ready-%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
