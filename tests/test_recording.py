@@ -304,6 +304,7 @@ def test_a_c_profiler_beside_a_tracer_is_refused():
         profiler.disable()
 
 
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="sys.monitoring is not the profiler's place")
 def test_a_profiler_that_takes_the_place_is_told():
     def mine(*_):
         return None

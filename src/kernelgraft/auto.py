@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +20,17 @@ from torch import nn
 
 from kernelgraft import compat, recorded_config
 from kernelgraft.api import subject_of
-from kernelgraft.blueprint import Blueprint
-from kernelgraft.checkpoint.files import Checkpoint
+from kernelgraft.blueprint import Blueprint, packed_parameters
+from kernelgraft.checkpoint.ahead import ReadAhead
+from kernelgraft.checkpoint.files import Checkpoint, checkpoint_files
 from kernelgraft.checkpoint.fill import materialize
 from kernelgraft.checkpoint.naming import load_lazily
 from kernelgraft.config import KernelConfig
+from kernelgraft.contents import joined
 from kernelgraft.entry import Entry
+from kernelgraft.errors import CheckpointError
 from kernelgraft.graft import Graft, apply_blueprint, root_class
+from kernelgraft.matching import answers_to
 from kernelgraft.meta import WithoutDrawing
 from kernelgraft.plan import Rejected
 from kernelgraft.planner import make_blueprint
@@ -36,6 +41,8 @@ from kernelgraft.recording import Recording, recorded
 class _Load:
     """One call of `from_pretrained`: what was asked for (without a config, no graft), and how far it has come."""
 
+    place: Any = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     config: KernelConfig | None = None
     inherited: Sequence[Entry] = ()
     rejected: tuple[Rejected, ...] = ()
@@ -46,7 +53,52 @@ class _Load:
     verify: bool = False
     original: type[nn.Module] | None = None
     record: recorded_config.Recorded | None = None
+    ahead: ReadAhead | None = None
     stack: ExitStack = field(default_factory=ExitStack)
+
+    def read_ahead(self, model: nn.Module) -> None:
+        """Begin to read what no kernel may want otherwise than it is, if this load is one of bytes to a GPU."""
+        devices = compat.explicit_devices(self.arguments.get("device_map"))
+        files = _plain_files(self.place, self.arguments)
+        if self.ahead is not None or files is None or devices is None:
+            return
+        place_of = partial(_device_in, devices)
+        parameters = {name: each for name, each in model.named_parameters() if _is_worth_it(place_of(name))}
+        try:
+            checkpoint = self.stack.enter_context(Checkpoint(files)) if parameters else None
+        except CheckpointError:  # it is opened again, and refused, if Transformers finds the same files
+            return
+        if checkpoint is not None:
+            self.ahead = ReadAhead(checkpoint, parameters, place_of)
+            self.stack.callback(self.ahead.close)
+            self.ahead.add(parameters.keys() - self._may_be_packed(model))
+
+    def _may_be_packed(self, model: nn.Module) -> set[str]:
+        """Parameters in modules whose class some entry asks for: before there is a plan."""
+        entries = () if self.config is None else (*self.config.entries, *self.inherited)
+        wanted = {name for entry in entries for name in entry.class_names}
+        classes = {cls for cls in map(type, model.modules()) if any(answers_to(cls, name) for name in wanted)}
+        return {
+            joined(path, name)
+            for path, module in model.named_modules()
+            if type(module) in classes
+            for name, _ in module.named_parameters()
+        }
+
+    def checkpoint(self, files: Sequence[str]) -> Checkpoint:
+        """The opened checkpoint. With a plan, what it leaves as it is can be read ahead too."""
+        if self.ahead is not None and [file.path for file in self.ahead.checkpoint.files] == list(map(Path, files)):
+            if self.blueprint is not None:
+                self.ahead.add(self.ahead.candidates - packed_parameters(self.blueprint))
+            return self.ahead.checkpoint
+        self.drop_ahead()
+        return self.stack.enter_context(Checkpoint(files))
+
+    def drop_ahead(self) -> None:
+        """It was for another load than this turns out to be."""
+        if self.ahead is not None:
+            self.ahead.close()
+            self.ahead = None
 
     def plan(self, model: nn.Module, *, live: bool, load_config: Any = None) -> Blueprint:
         """Plan the graft of this load's model, which will be filled as `load_config` says if it is not `live`."""
@@ -94,7 +146,7 @@ def from_pretrained(
     if (said := recorded_config.asked(kernel_config)) is not None:
         record = recorded_config.read(pretrained_model_name_or_path, said, **kwargs)
         kernel_config = record.config
-    load = _Load(record=record, verify=verify)
+    load = _Load(pretrained_model_name_or_path, kwargs, record=record, verify=verify)
     if kernel_config is not None or use_kernels:
         load.config = KernelConfig({}) if kernel_config is None else KernelConfig.of(kernel_config)
         if load.config.inherits:
@@ -171,6 +223,7 @@ def _loading_class(cls: Any, load: _Load) -> Any:
             if load.config is not None and (load.config.entries or load.inherited):
                 load.recording = stack.enter_context(recorded())
             cls.__init__(self, *args, **kwargs)
+        load.read_ahead(self)
 
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
@@ -180,19 +233,19 @@ def _loading_class(cls: Any, load: _Load) -> Any:
             load.is_lazy = True
             if load.config is not None:
                 load.blueprint = load.plan(model, live=False, load_config=load_config)
-            checkpoint = load.stack.enter_context(Checkpoint(checkpoint_files))
-            return load_lazily(model, checkpoint, load_config, expected_keys)
+            return load_lazily(model, load.checkpoint(checkpoint_files), load_config, expected_keys)
+        load.drop_ahead()
         return cls._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         info = cls._finalize_model_loading(model, load_config, loading_info)
         if load.blueprint is not None:
-            load.graft = apply_blueprint(model, load.blueprint)
+            load.graft = apply_blueprint(model, load.blueprint, load.ahead)
             # While Transformers goes on, it must not find our `use_kernels`, which it would switch off.
             model.__class__ = loading
             load.stack.enter_context(load.graft.packed_names())
         elif load.is_lazy:
-            materialize(model)
+            materialize(model, load.ahead)
         return info
 
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -229,6 +282,30 @@ def _is_ours(checkpoint_files: Sequence[str] | None, load_config: Any) -> bool:
         and load_config.device_mesh is None
         and "disk" not in (load_config.device_map or {}).values()
     )
+
+
+def _is_worth_it(device: torch.device) -> bool:
+    """Whether to read ahead for a device. On the CPU most bytes are mapped, and none of these has to be read at all."""
+    return device.type == "cuda" and torch.cuda.is_available()
+
+
+# With these the files, or what is done with them, are not what they seem.
+_NOT_PLAIN = (
+    *("subfolder", "variant", "gguf_file", "state_dict", "quantization_config", "key_mapping", "disable_mmap"),
+    *("adapter_kwargs", "distributed_config", "device_mesh", "tp_plan", "tp_size"),
+)
+
+
+def _plain_files(place: Any, arguments: Mapping[str, Any]) -> list[Path] | None:
+    """The files that Transformers will find in a folder, if nothing hints at others."""
+    if any(arguments.get(name) for name in _NOT_PLAIN) or arguments.get("use_safetensors") is False:
+        return None
+    if not isinstance(place, str | os.PathLike) or not os.path.isdir(place):
+        return None
+    try:
+        return checkpoint_files(Path(place))
+    except CheckpointError:
+        return None
 
 
 class _FromPretrained:

@@ -68,6 +68,19 @@ def loaded_dtypes(load_config: Any) -> Callable[[str], torch.dtype | None]:
     return dtype_of
 
 
+def explicit_devices(device_map: Any) -> dict[str, Any] | None:
+    """The devices that a `device_map` names, by path; `None` if it leaves them to Transformers, or is wrong."""
+    if device_map is None:
+        return None
+    from transformers.integrations.accelerate import check_and_set_device_map
+
+    try:
+        found = check_and_set_device_map(device_map)
+    except (ValueError, RuntimeError, ImportError):  # the load says so, when it comes to it
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def reads_whole_files(load_config: Any, files: Iterable[str]) -> bool:
     """Whether files must not be mapped: the caller says so (`disable_mmap`), or Transformers does of their place."""
     from transformers import modeling_utils

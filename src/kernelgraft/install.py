@@ -15,7 +15,7 @@ from kernelgraft.binding import ClassKey, bound_class
 from kernelgraft.blueprint import PreparedFunction, PreparedSite
 from kernelgraft.choosing import Asked, Runs
 from kernelgraft.contents import Contents, joined
-from kernelgraft.conversion.lazy import LazyTensor
+from kernelgraft.conversion.lazy import LazyTensor, parameter
 from kernelgraft.conversion.program import Part, Program
 from kernelgraft.layouts import Made, put_value
 from kernelgraft.slot import CALL_HOOKS, KEY, STATE_HOOKS, GraftedModule, Site, Slot, add_stubs
@@ -173,18 +173,10 @@ def _fill(
             value = torch.empty(program.targets[target], dtype=dtype, device=sources[0].device)
             program.fill(target, value, originals.__getitem__)
         if isinstance(like, nn.Parameter):
-            value = _parameter(value, any(source.requires_grad for source in sources))
+            value = parameter(value, any(source.requires_grad for source in sources))
             value.grad = _gradient(program, target, value, originals)
         filled[target] = value
     return filled
-
-
-def _parameter(value: torch.Tensor, requires_grad: bool) -> nn.Parameter:
-    if not isinstance(value, LazyTensor):
-        return nn.Parameter(value, requires_grad)
-    # What torch does with a subclass, but for a detach, which would be recorded: nobody else has this tensor.
-    value._is_param = True
-    return value.requires_grad_(requires_grad)  # type: ignore[return-value]
 
 
 def _original(members: Sequence[nn.Module], name: str) -> torch.Tensor:
@@ -259,8 +251,8 @@ def _device(filled: Mapping[str, torch.Tensor], members: list[nn.Module]) -> tor
     for tensor in filled.values():
         return tensor.device
     for member in members:
-        for parameter in member.parameters():
-            return parameter.device
+        for each in member.parameters():
+            return each.device
     return torch.device("cpu")
 
 

@@ -1,8 +1,7 @@
 """Constructor arguments of modules: which ones a module was built with, and how a layout takes them.
 
 A layout for one module gets the arguments that the original's `__init__` got, and a module does not keep them. They are
-read off the frames named `__init__` while the module is built, through `sys.setprofile`: that sees one thread only, and
-no class is patched.
+read off the frames named `__init__` while the module is built (`hearing.py`): no class is patched.
 
 What was recorded is kept beside the modules in a map with weak keys, because storing it in them would write it into
 their pickles and copies. So this one map is not a registry: it says nothing that outlives the module it is about, and
@@ -11,19 +10,20 @@ nothing about a module that was built outside a `recorded()` block.
 
 import inspect
 import operator
-import sys
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import nn
 
-from kernelgraft.errors import GraftError, PlanError
+from kernelgraft.errors import PlanError
+from kernelgraft.hearing import inits_heard
 
 _EMPTY = inspect.Parameter.empty
 
@@ -63,16 +63,15 @@ def recorded() -> Iterator[Recording]:
         with kernelgraft.recorded():
             model = MyModel(hidden_size=64)
 
-    Blocks nest, and a profile function that runs already goes on running. One written in C cannot be called through;
-    beside it (`cProfile` before Python 3.12, `torch.profiler` with `with_stack`) the block listens through
-    `sys.settrace` instead.
+    Blocks nest, and profilers and tracers that run already go on running.
 
     Raises:
-        GraftError: A C profiler and a tracer (a debugger, `coverage`) are running, so there is nothing left to listen
-            through; or the profile function was replaced inside the block, so that the record has holes.
+        GraftError: Before Python 3.12: a profiler written in C and a tracer (a debugger, `coverage`) are both running,
+            so there is nothing left to listen through; or the profile function was replaced inside the block, so that
+            the record has holes.
     """
     recording = Recording()
-    with _listening(recording._records, _of_live_modules):
+    with inits_heard(partial(_note, (recording._records, _of_live_modules))):
         yield recording
 
 
@@ -261,54 +260,7 @@ def _recalled(value: Any) -> Any:
     return value
 
 
-@contextmanager
-def _listening(*into: _WeakRecords) -> Iterator[None]:
-    """Notes every module that this thread builds into each of `into`."""
-    before: Any = sys.getprofile()
-    read: Callable[[], Any] = sys.getprofile
-    write: Callable[[Any], None] = sys.setprofile
-    # A C profiler shows as an object that cannot be called, and that nothing in Python could put back. From 3.12 on,
-    # cProfile does not show here: it has a place of its own in sys.monitoring.
-    if before is not None and not callable(before):
-        if sys.gettrace() is not None:
-            raise GraftError(
-                f"constructor arguments cannot be recorded: a profiler ({before!r}) and a tracer ({sys.gettrace()!r}) "
-                "are both running in this thread. Stop one of them while the model is built, or build it in another "
-                "thread."
-            )
-        before, read, write = None, sys.gettrace, sys.settrace
-    ours = _listener(into, before)
-    write(ours)
-    try:
-        yield
-    except BaseException:
-        if read() is ours:
-            write(before)
-        raise
-    if read() is not ours:
-        raise GraftError(
-            f"the profile or trace function of this thread was replaced by {read()!r} while constructor arguments were "
-            "being recorded, so the record has holes. Start the profiler before the block, and stop it after it."
-        )
-    write(before)
-
-
-def _listener(into: tuple[_WeakRecords, ...], before: Callable[..., Any] | None) -> Callable[..., None]:
-    # Runs at every call, return and C call of the thread, so the first lines decide; it must never raise, because then
-    # the interpreter drops it. As a trace function it returns None: no line events.
-    def listen(frame: FrameType, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code.co_name == "__init__":
-            _note(frame, into)
-
-    def listen_and_relay(frame: FrameType, event: str, argument: Any) -> None:
-        before(frame, event, argument)  # type: ignore[misc]
-        if event == "call" and frame.f_code.co_name == "__init__":
-            _note(frame, into)
-
-    return listen if before is None else listen_and_relay
-
-
-def _note(frame: FrameType, into: tuple[_WeakRecords, ...]) -> None:
+def _note(into: tuple[_WeakRecords, ...], frame: FrameType) -> None:
     code, variables = frame.f_code, frame.f_locals
     if code.co_argcount:
         first: Any = variables.get(code.co_varnames[0])

@@ -53,7 +53,8 @@ ASKING_SOMEHOW = [r"layers\.\d{2}\.", r"layers\.(?!0\.)", r"(?<!layers\.)7", r"(
 
 
 def renaming(*rules):
-    return Renaming(Named({"model.weight": (1,)}), list(rules))
+    model = Named({"model.weight": (1,)})
+    return Renaming(model, list(rules), model.state_dict())
 
 
 @pytest.mark.parametrize("pattern", BLIND)

@@ -8,11 +8,21 @@ straight into place, or into a small staging buffer on the device, which lays th
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from functools import partial
 
 import torch
 
-from kernelgraft.checkpoint.memory import PAGE, Mapped, Pinned, RegistrationError, bytes_of, registered, writable
+from kernelgraft.checkpoint.memory import (
+    PAGE,
+    Mapped,
+    Pinned,
+    RegistrationError,
+    advise_huge,
+    bytes_of,
+    registered,
+    writable,
+)
 from kernelgraft.checkpoint.positioned import read_runs
 from kernelgraft.checkpoint.requests import Read, Straight
 from kernelgraft.checkpoint.waiting import Lane, Waiting
@@ -20,16 +30,17 @@ from kernelgraft.checkpoint.waiting import Lane, Waiting
 pinned = Pinned()
 """The host memory that loads have registered at the moment, and the most that it was."""
 
-# Seconds for 16.4 GB in the page cache to an H200 (16 cores, torch 2.11, 2026-11-27, median of 3, in turn), by threads
-# that register and threads that read: 0 + 8 0.58, 0 + 12 0.61, 2 + 8 0.64, 4 + 12 0.66, 12 + 0 0.80; in chunks of 4 MB
-# 0 + 8 took 0.94, in chunks of 16 MB 0.68. On another machine of that kind registering was the faster way (0.66 to 0.85
-# against 1.0 to 1.2, 2026-11-24), so there is some of both.
-REGISTERING, READING = 2, 8
+# Seconds for 16.4 GB in the page cache to an H100 (16 cores, torch 2.11, 2026-11-28, medians of 7, in turn), by threads
+# that read and threads that register (32 MB each): 16 + 0 0.66, 12 + 0 0.67, 12 + 4 0.68, 8 + 4 0.72, 8 + 0 0.76,
+# 0 + 12 1.00; in chunks of 4 MB 16 + 0 took 1.01, in chunks of 16 MB 0.65. On an H200 registering was the faster way
+# (0.66 to 0.85 against 1.0 to 1.2, 2026-11-24), so there is some of both.
+REGISTERING, READING = 4, 12
+"""Threads of either kind."""
 
 CHUNK = 8 << 20
 """Most bytes of one read, and the size of a buffer."""
 
-REGISTERED = 64 << 20
+REGISTERED = 32 << 20
 """Bytes of a file that one thread registers at once."""
 
 # A gap in the file that is registered along.
@@ -38,39 +49,80 @@ _GAP = 1 << 20
 Streams = Mapping[torch.device, torch.cuda.Stream]
 
 
-def device_lanes(devices: Iterable[torch.device], cores: int) -> list[Callable[[], Lane]]:
-    """The lanes that read to devices, for a process that may use so many cores.
+def reserve(nbytes: Mapping[torch.device, int]) -> None:
+    """Let torch have one large block on each device for what is about to be allocated there piece by piece.
 
-    Copies start after what the current stream of each device has to do now.
+    To ask the driver for each piece would cost as much as some of the reading.
     """
-    after = {device: torch.cuda.current_stream(device) for device in devices}
-    return [partial(RegisteringLane, after)] * REGISTERING + [partial(ReadingLane, after)] * min(READING, cores)
+    for device, wanted in nbytes.items():
+        if device.type == "cuda":
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            # Of what torch has unused a smaller request would take its part, and nothing would be reserved.
+            if wanted - unused > unused:
+                with suppress(torch.OutOfMemoryError):  # then piece by piece it is, which may fit
+                    torch.empty(wanted - unused, dtype=torch.uint8, device=device)
+
+
+def synchronize(devices: Iterable[torch.device]) -> None:
+    """Wait for what the current streams of CUDA devices have to do: with memory that is to be read into, maybe."""
+    for device in devices:
+        if device.type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
+
+def registering_lanes(devices: Iterable[torch.device], count: int) -> list[Callable[[], Lane]]:
+    """Lanes that let devices copy pages of mapped files.
+
+    What the current streams of the devices have to do with the tensors that will be filled must be done.
+    """
+    return [partial(RegisteringLane, _current_streams(devices))] * count
+
+
+def reading_lanes(devices: Iterable[torch.device], cores: int) -> list[Callable[[], Lane]]:
+    """Lanes that read by way of pinned buffers, for a process that may use so many cores; as `registering_lanes`."""
+    return [partial(ReadingLane, _current_streams(devices))] * min(READING, cores)
+
+
+def _current_streams(devices: Iterable[torch.device]) -> Streams:
+    return {device: torch.cuda.current_stream(device) for device in devices}
 
 
 class _DeviceLane:
-    """A stream and, where bytes are laid out anew, a staging buffer on each device."""
+    """A stream and, where bytes are laid out anew, a staging buffer on each device.
+
+    A lane has its thread to itself, whose current stream stays set: to change it for each read, and to make each
+    read's view anew, takes the interpreter as long as all else, and the lanes wait for each other there.
+    """
 
     def __init__(self, after: Streams) -> None:
         self._after = after
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._staging: dict[torch.device, torch.Tensor] = {}
+        self._current: torch.device | None = None
+        self._filling: tuple[torch.Tensor, torch.Tensor] | None = None
 
-    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+    def _enter(self, device: torch.device) -> None:
+        """Let what follows be enqueued on this lane's stream of a device."""
+        if device == self._current:
+            return
         if device not in self._streams:
-            stream = self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            # The memory may still be used by what was enqueued before: the allocator hands it on at once.
-            stream.wait_stream(self._after[device])
-        return self._streams[device]
+            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        torch.cuda.set_stream(self._streams[device])
+        self._current = device
 
     def _target(self, read: Read) -> torch.Tensor:
         """Where the bytes of a read go on the device: their place, or the staging buffer."""
         if isinstance(read, Straight):
-            return bytes_of(read.out)[read.at : read.at + read.nbytes]
+            if self._filling is None or self._filling[0] is not read.out:
+                self._filling = read.out, bytes_of(read.out)
+            return self._filling[1].narrow(0, read.at, read.nbytes)
         device = read.out.device
         if device not in self._staging or self._staging[device].nbytes < read.nbytes:
             # Of the caller's stream, so that the allocator has it back for the caller.
             with torch.cuda.stream(self._after[device]):
                 self._staging[device] = torch.empty(max(CHUNK, read.nbytes), dtype=torch.uint8, device=device)
+            # It may still be used by what was enqueued before: the allocator hands memory on at once.
+            self._streams[device].wait_stream(self._after[device])
         return self._staging[device]
 
     def _wait(self) -> None:
@@ -81,6 +133,7 @@ class _DeviceLane:
         """See `Lane`."""
         self._wait()
         self._staging = {}
+        self._filling = None
 
 
 class _Buffer:
@@ -88,6 +141,7 @@ class _Buffer:
 
     def __init__(self, nbytes: int, stack: ExitStack) -> None:
         memory = Mapped(nbytes)
+        advise_huge(memory.address, nbytes)  # fewer pages to touch and to pin
         stack.callback(memory.close)
         # Without it the driver copies by way of memory of its own, which is slower and as right.
         with suppress(RegistrationError):
@@ -131,11 +185,11 @@ class ReadingLane(_DeviceLane):
         buffer.wait()
         for read in task:
             read_runs(read, buffer.room[position : position + read.nbytes])
-            with torch.cuda.stream(self._stream(read.out.device)):
-                target = self._target(read)
-                target[: read.nbytes].copy_(buffer.bytes[position : position + read.nbytes], non_blocking=True)
-                if not isinstance(read, Straight):
-                    read.place(target)
+            self._enter(read.out.device)
+            target = self._target(read)
+            target.narrow(0, 0, read.nbytes).copy_(buffer.bytes.narrow(0, position, read.nbytes), non_blocking=True)
+            if not isinstance(read, Straight):
+                read.place(target)
             position += read.nbytes
         for device in {read.out.device for read in task}:
             buffer.copied(device, self._streams[device])
@@ -166,8 +220,10 @@ class RegisteringLane(_DeviceLane):
             # Not this file, or not now: another thread has a page of it registered, if bytes go to two places.
             if self._instead is None:
                 self._instead = ReadingLane(self._after)
+            self._instead._current = None
             for read in task:
                 self._instead.run([read])
+            self._current = None
 
     def _run_registered(self, task: Sequence[Read]) -> None:
         mapped = task[0].file.shared
@@ -176,9 +232,9 @@ class RegisteringLane(_DeviceLane):
         high = max(low, max(read.stop for read in task) // PAGE * PAGE)
         with registered(mapped.address + low, high - low, pinned, read_only=True):
             try:
-                for read in task:
-                    with torch.cuda.stream(self._stream(read.out.device)):
-                        self._copy(read, mapped, low, high)
+                for read in _joined(task):
+                    self._enter(read.out.device)
+                    self._copy(read, mapped, low, high)
             finally:
                 self._wait()
 
@@ -199,3 +255,21 @@ class RegisteringLane(_DeviceLane):
         super().close()
         if self._instead is not None:
             self._instead.close()
+
+
+def _joined(reads: Sequence[Read]) -> list[Read]:
+    """The same reads, with those joined that go from one run of a file to one run of a tensor."""
+    joined: list[Read] = []
+    for read in reads:
+        last = joined[-1] if joined else None
+        if (
+            isinstance(last, Straight)
+            and isinstance(read, Straight)
+            and last.out is read.out
+            and last.file is read.file
+            and (last.stop, last.at + last.nbytes) == (read.start, read.at)
+        ):
+            joined[-1] = replace(last, nbytes=last.nbytes + read.nbytes)
+        else:
+            joined.append(read)
+    return joined

@@ -26,11 +26,16 @@ _REGISTER_READ_ONLY = 8
 def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An uninitialized tensor that will be filled once, in huge pages where the system has them."""
     tensor = torch.empty(tuple(shape), dtype=dtype, device=device)
-    if device.type == "cpu" and tensor.nbytes >= _HUGE_FROM and sys.platform == "linux":
-        start = -(-tensor.data_ptr() // PAGE) * PAGE
-        stop = (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
-        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_HUGEPAGE)  # a hint: it may fail
+    if device.type == "cpu" and tensor.nbytes >= _HUGE_FROM:
+        advise_huge(tensor.data_ptr(), tensor.nbytes)
     return tensor
+
+
+def advise_huge(address: int, nbytes: int) -> None:
+    """Ask for huge pages for memory that nothing has touched. It is a hint: without any, small pages serve."""
+    if sys.platform == "linux":
+        start, stop = -(-address // PAGE) * PAGE, (address + nbytes) // PAGE * PAGE
+        _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(stop - start), _MADV_HUGEPAGE)
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

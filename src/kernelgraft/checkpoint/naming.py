@@ -12,19 +12,20 @@ for one place, an operation that fails.
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
 import torch
+from torch import nn
 
 from kernelgraft import compat
 from kernelgraft.checkpoint.blocks import Block, Blocks, blocks_of, one_of_each
 from kernelgraft.checkpoint.files import Checkpoint, FileTensor
 from kernelgraft.checkpoint.renaming import Renaming
-from kernelgraft.conversion.lazy import LazyTensor
+from kernelgraft.conversion.lazy import LazyTensor, parameter
 from kernelgraft.conversion.moves import Dim, Move
 from kernelgraft.tree import tensor_at
 
@@ -57,13 +58,15 @@ def load_lazily(model: Any, checkpoint: Checkpoint, load_config: Any, expected_k
         What `_load_pretrained_model` returns: its account of the load, and the index of what went to disk.
     """
     load = type(model)._load_pretrained_model
-    converted = convert_by_kind(model, checkpoint._tensors, load_config)
+    state = model.state_dict(keep_vars=True)
+    expected_keys = list(state) if expected_keys is None else expected_keys
+    converted = convert_by_kind(model, checkpoint._tensors, load_config, state)
     if converted is None:
         return load(model, dict(checkpoint), None, load_config, expected_keys)
-    state = model.state_dict()
     others = {name: lazy for name, lazy in converted.tensors.items() if name not in state}
     # What the model does not have Transformers accounts for, and whatever else it does before and after.
-    account, index = load(model, others, None, replace(load_config, weight_mapping=[]), expected_keys)
+    # Without a device map, of which it would reserve memory: on the CPU these would be, if they were anywhere.
+    account, index = load(model, others, None, replace(load_config, weight_mapping=[], device_map=None), expected_keys)
     _put_into(
         model, {name: converted.tensors[name] for name in state if name in converted.tensors}, load_config, account
     )
@@ -78,14 +81,24 @@ def _put_into(model: Any, tensors: Mapping[str, LazyTensor], load_config: Any, a
     to compile: for the 399 tensors of an 8B model a third of all that a load costs beside its bytes.
     """
     from transformers.core_model_loading import set_param_for_module
+
+    kept, device_of = compat.loaded_dtypes(load_config), _devices(load_config)
+    for name, lazy in tensors.items():
+        there = tensor_at(model, name)
+        value: torch.Tensor = lazy.to(device=device_of(name), dtype=kept(name) or there.dtype)
+        if isinstance(there, nn.Parameter):
+            value = parameter(value, value.is_floating_point())
+        set_param_for_module(model, name, value, account, None)
+
+
+def _devices(load_config: Any) -> Callable[[str], Any]:
+    """The device of each parameter, by name."""
     from transformers.integrations.accelerate import get_device
 
-    kept = compat.loaded_dtypes(load_config)
     devices = load_config.device_map or {"": "cpu"}
-    for name, lazy in tensors.items():
-        dtype = kept(name) or tensor_at(model, name).dtype
-        value = lazy.to(device=get_device(devices, name, valid_torch_device=True), dtype=dtype)
-        set_param_for_module(model, name, value, account, None)
+    if list(devices) == [""]:  # there is no need to compile a pattern for each name
+        return lambda _: devices[""]
+    return partial(get_device, devices, valid_torch_device=True)
 
 
 @dataclass(frozen=True)
@@ -101,8 +114,16 @@ class ConvertedCheckpoint:
     rules: list[Any]
 
 
-def convert_by_kind(model: Any, tensors: Mapping[str, FileTensor], load_config: Any) -> ConvertedCheckpoint | None:
+def convert_by_kind(
+    model: Any, tensors: Mapping[str, FileTensor], load_config: Any, state: Mapping[str, torch.Tensor]
+) -> ConvertedCheckpoint | None:
     """Convert a checkpoint's tensors to the names and the layout of a Transformers model, one block of a kind for all.
+
+    Args:
+        model: The model.
+        tensors: The checkpoint's, by name.
+        load_config: As in `load_lazily`.
+        state: The model's `state_dict(keep_vars=True)`.
 
     Returns:
         `None` if it is not certain that Transformers would make the same of them.
@@ -112,7 +133,7 @@ def convert_by_kind(model: Any, tensors: Mapping[str, FileTensor], load_config: 
     if is_deepspeed_zero3_enabled():  # it shares out parameters, and converts for itself
         return None
     try:
-        conversion = _Conversion(model, load_config, blocks_of(tensors))
+        conversion = _Conversion(model, load_config, blocks_of(tensors), state)
         return ConvertedCheckpoint(conversion.tensors(), conversion.renaming.used())
     except _LeftToTransformersError as reason:
         logger.debug("the checkpoint is converted by Transformers, name by name: %s", reason)
@@ -181,18 +202,16 @@ class _Named:
 class _Conversion:
     """One checkpoint on its way into one model."""
 
-    def __init__(self, model: Any, load_config: Any, blocks: Blocks) -> None:
-        from transformers.integrations.accelerate import get_device
-
+    def __init__(self, model: Any, load_config: Any, blocks: Blocks, state: Mapping[str, torch.Tensor]) -> None:
         self.model = model
-        self.renaming = Renaming(model, list(load_config.weight_mapping or ()))
-        self.state = self.renaming.state
+        self.state = state
+        self.renaming = Renaming(model, list(load_config.weight_mapping or ()), state)
         self.blocks = blocks.blocks
         self.kinds = blocks.kinds
         self.single = blocks.single
         self.made: dict[str, LazyTensor] = {}
         self._kept_dtype = compat.loaded_dtypes(load_config)
-        self._device = partial(get_device, load_config.device_map or {"": "cpu"})
+        self._device = _devices(load_config)
 
     def tensors(self) -> dict[str, LazyTensor]:
         left = dict(self.single)

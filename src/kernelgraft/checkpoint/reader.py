@@ -9,16 +9,20 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
 from kernelgraft.checkpoint import device
-from kernelgraft.checkpoint.device import device_lanes
+from kernelgraft.checkpoint.device import reading_lanes, registering_lanes
 from kernelgraft.checkpoint.memory import writable
 from kernelgraft.checkpoint.positioned import read_into, read_runs
 from kernelgraft.checkpoint.requests import Read, Straight, reads_of
 from kernelgraft.checkpoint.waiting import Lane, Waiting
 from kernelgraft.conversion.lazy import LazyTensor, copy_move
+
+if TYPE_CHECKING:
+    from kernelgraft.checkpoint.ahead import ReadAhead
 
 logger = logging.getLogger("kernelgraft")
 
@@ -27,16 +31,26 @@ Job = tuple[LazyTensor, torch.Tensor]
 CHUNK = 16 << 20
 """Most bytes of one read on the CPU, and the size of a thread's staging buffer."""
 
+MOST_THREADS = 8
+"""Threads that read into host memory, where there are as many cores."""
+
 _MOST_BUFFERS = 1024  # IOV_MAX
 
 
-def fill(jobs: Iterable[Job], *, threads: int | None = None, on_progress: Callable[[int], None] | None = None) -> int:
+def fill(
+    jobs: Iterable[Job],
+    *,
+    threads: int | None = None,
+    on_progress: Callable[[int], None] | None = None,
+    ahead: "ReadAhead | None" = None,
+) -> int:
     """Fill tensors with what lazy tensors stand for.
 
     Args:
         jobs: Lazy tensors, and a tensor of the same shape for each, of any strides, dtype and device.
-        threads: How many threads read into host memory; by default as many as there are cores, at most 8.
+        threads: How many threads read into host memory; by default as many as there are cores, at most `MOST_THREADS`.
         on_progress: Called with the number of bytes that were read since it was called last.
+        ahead: What reads already. Its threads go on with what is for devices like its own, and it ends with the call.
 
     Returns:
         How many bytes were read from files.
@@ -46,18 +60,20 @@ def fill(jobs: Iterable[Job], *, threads: int | None = None, on_progress: Callab
             tensors hold is undefined then.
     """
     jobs = list(jobs)
-    cuda = [job for job in jobs if job[1].device.type == "cuda"]
-    others = [job for job in jobs if job[1].device.type != "cuda"]
     with torch.no_grad():
         for lazy, out in jobs:
             _fill_from_memory(lazy, out)
     started = time.perf_counter()
     total = 0
-    if others:
-        total += _carry_out(_in_order(others, CHUNK), [CpuLane] * (threads or _cores()), on_progress)
-    if cuda:
-        lanes = device_lanes({out.device for _, out in cuda}, _cores())
-        total += _carry_out(_in_order(cuda, device.CHUNK), lanes, on_progress)
+    for on_cuda in (False, True):
+        part = [job for job in jobs if (job[1].device.type == "cuda") is on_cuda]
+        reads = reads_in_order(part, on_cuda=on_cuda)
+        if ahead is not None and ahead.on_cuda is on_cuda:
+            total += ahead.finish(reads, on_progress)
+        elif reads:
+            devices = {out.device for _, out in part}
+            lanes = [*first_lanes(devices, on_cuda=on_cuda), *more_lanes(devices, on_cuda=on_cuda, threads=threads)]
+            total += _carry_out(reads, lanes, on_progress)
     if total:
         seconds = time.perf_counter() - started
         logger.debug("read %.3f GB in %.3f s (%.1f GB/s)", total / 1e9, seconds, total / 1e9 / max(seconds, 1e-9))
@@ -70,12 +86,38 @@ def check_readable(jobs: Iterable[Job], *, threads: int | None = None) -> None:
     Raises:
         CheckpointError: See `fill`.
     """
-    _carry_out(_in_order(jobs, CHUNK), [_Rehearsal] * (threads or _cores()), None)
+    _carry_out(reads_in_order(jobs, on_cuda=False), [_Rehearsal] * _host_threads(threads), None)
+
+
+def first_lanes(devices: Iterable[torch.device], *, on_cuda: bool) -> Sequence[Callable[[], Lane]]:
+    """Those lanes to devices (all of which are CUDA's, or none) that leave most of the interpreter's time to others."""
+    return registering_lanes(devices, device.REGISTERING) if on_cuda else [CpuLane]
+
+
+def more_lanes(
+    devices: Iterable[torch.device], *, on_cuda: bool, threads: int | None = None
+) -> Sequence[Callable[[], Lane]]:
+    """The other ones: so many that together with the first ones they read as fast as can be."""
+    return reading_lanes(devices, _cores()) if on_cuda else [CpuLane] * (_host_threads(threads) - 1)
+
+
+def reads_in_order(jobs: Iterable[Job], *, on_cuda: bool) -> list[Read]:
+    """All reads, file by file and from its beginning to its end."""
+    most = device.CHUNK if on_cuda else CHUNK
+    reads = [read for lazy, out in jobs for read in reads_of(lazy, out, most)]
+    order: dict[int, int] = {}
+    for read in reads:
+        order.setdefault(id(read.file), len(order))
+    reads.sort(key=lambda read: (order[id(read.file)], read.start))
+    return reads
+
+
+def _host_threads(threads: int | None) -> int:
+    return threads or min(MOST_THREADS, _cores())
 
 
 def _cores() -> int:
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(8, found)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _fill_from_memory(lazy: LazyTensor, out: torch.Tensor) -> None:
@@ -87,57 +129,93 @@ def _fill_from_memory(lazy: LazyTensor, out: torch.Tensor) -> None:
             copy_move(move, out, tensor, lazy.rounding(tensor.dtype, out.dtype))
 
 
-def _in_order(jobs: Iterable[Job], most: int) -> list[Read]:
-    """All reads, file by file and from its beginning to its end."""
-    reads = [read for lazy, out in jobs for read in reads_of(lazy, out, most)]
-    order: dict[int, int] = {}
-    for read in reads:
-        order.setdefault(id(read.file), len(order))
-    reads.sort(key=lambda read: (order[id(read.file)], read.start))
-    return reads
-
-
 def _carry_out(
     reads: Sequence[Read], lanes: Sequence[Callable[[], Lane]], on_progress: Callable[[int], None] | None
 ) -> int:
-    """Share reads out among threads, one for each lane; the first error stops all of them."""
-    waiting = Waiting(reads, len(lanes))
-    total = waiting.nbytes
-    errors: list[BaseException] = []
+    """Share reads out among threads, one for each lane."""
+    reading = Reading(on_progress)
+    reading.add(reads)
+    reading.start(lanes[: len(reads)])
+    return reading.finish()
 
-    def worker(make_lane: Callable[[], Lane]) -> None:
+
+class Reading:
+    """Threads that carry reads out, one for each lane. The first error stops all of them.
+
+    Attributes:
+        on_progress: Called with each next number of bytes that were read.
+    """
+
+    def __init__(self, on_progress: Callable[[int], None] | None = None) -> None:
+        self.on_progress = on_progress
+        self._waiting = Waiting()
+        self._errors: list[BaseException] = []
+        self._nbytes = 0
+        self._pool: list[threading.Thread] = []
+
+    def start(self, lanes: Iterable[Callable[[], Lane]]) -> None:
+        """Start a thread for each lane; until `finish` those that find nothing to do wait for something."""
+        try:
+            for lane in lanes:
+                name = f"kernelgraft-read-{len(self._pool)}"
+                self._pool.append(threading.Thread(target=self._work, args=(lane,), name=name, daemon=True))
+                self._waiting.num_lanes += 1
+                self._pool[-1].start()
+        except BaseException:
+            self.stop()
+            raise
+
+    def add(self, reads: Sequence[Read]) -> None:
+        """Put more reads behind those that wait."""
+        self._nbytes += sum(read.nbytes for read in reads)
+        self._waiting.add(reads)
+
+    @property
+    def nbytes_left(self) -> int:
+        """How many bytes wait to be read."""
+        return self._waiting.nbytes
+
+    def finish(self) -> int:
+        """Carry out what waits; the threads have ended then.
+
+        Returns:
+            How many bytes were read in all.
+
+        Raises:
+            CheckpointError: See `fill`.
+        """
+        try:
+            self._waiting.close()
+            for thread in self._pool:
+                thread.join()
+        except BaseException:  # Ctrl-C: nothing is left running
+            self.stop()
+            raise
+        if self._errors:
+            raise self._errors[0]
+        return self._nbytes
+
+    def stop(self) -> None:
+        """End the threads after what each is doing, and wait for them."""
+        self._waiting.stop()
+        for thread in self._pool:
+            if thread.ident is not None:
+                thread.join()
+
+    def _work(self, make_lane: Callable[[], Lane]) -> None:
         lane = None
         try:
             with torch.no_grad():
                 lane = make_lane()
-                while task := lane.take(waiting):
+                while task := lane.take(self._waiting):
                     lane.run(task)
-                    waiting.done(task, on_progress)
+                    self._waiting.done(task, self.on_progress)
         except BaseException as error:
-            errors.append(error)
-            waiting.stop()
+            self._errors.append(error)
+            self._waiting.stop()
         finally:
             if lane is not None:
                 lane.close()
-
-    pool = [
-        threading.Thread(target=worker, args=(lane,), name=f"kernelgraft-read-{i}", daemon=True)
-        for i, lane in enumerate(lanes[: len(reads)])
-    ]
-    try:
-        for thread in pool:
-            thread.start()
-        for thread in pool:
-            thread.join()
-    except BaseException:  # Ctrl-C: nothing is left running
-        waiting.stop()
-        for thread in pool:
-            if thread.ident is not None:
-                thread.join()
-        raise
-    if errors:
-        raise errors[0]
-    return total
 
 
 class CpuLane:

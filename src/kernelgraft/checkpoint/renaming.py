@@ -29,10 +29,10 @@ class Renaming:
         order: The key by which Transformers sorts names.
     """
 
-    def __init__(self, model: Any, rules: list[Any]) -> None:
+    def __init__(self, model: Any, rules: list[Any], state: Mapping[str, torch.Tensor]) -> None:
         from transformers import core_model_loading as loading
 
-        self.state: Mapping[str, torch.Tensor] = model.state_dict()
+        self.state = state
         self.order = loading.dot_natural_key
         self._prefix = model.base_model_prefix
         self._rename = loading.rename_source_key

@@ -12,16 +12,36 @@ _LEAST = 1 << 20
 
 
 class Waiting:
-    """What is left to read."""
+    """What is left to read, to which more may come until it is closed.
 
-    def __init__(self, reads: Sequence[Read], num_lanes: int) -> None:
-        self.nbytes = sum(read.nbytes for read in reads)
-        self._reads = deque(reads)
-        self._num_lanes = num_lanes
-        self._lock = threading.Lock()
+    Attributes:
+        nbytes: How many bytes are left.
+        num_lanes: How many threads share them.
+    """
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self.num_lanes = 0
+        self._reads: deque[Read] = deque()
+        self._is_open = True
+        self._changed = threading.Condition()
+
+    def add(self, reads: Sequence[Read]) -> None:
+        """Put more reads behind those that wait."""
+        with self._changed:
+            if self._is_open:
+                self._reads.extend(reads)
+                self.nbytes += sum(read.nbytes for read in reads)
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nothing more will come: who finds nothing left need not wait."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify_all()
 
     def take(self, most: int, *, gap: int | None = None, count: int | None = None) -> list[Read]:
-        """The next reads, none if nothing is left.
+        """The next reads, none if nothing is left and nothing more will come.
 
         Towards the end less is given at once, so that all threads end at about the same time.
 
@@ -30,8 +50,11 @@ class Waiting:
             gap: How far a read may be behind the one before it in the same file; by default it may be anywhere.
             count: How many reads at most.
         """
-        with self._lock:
-            most = min(most, max(_LEAST, self.nbytes // (2 * self._num_lanes)))
+        with self._changed:
+            while self._is_open and not self._reads:
+                self._changed.wait()
+            if not self._is_open:
+                most = min(most, max(_LEAST, self.nbytes // (2 * self.num_lanes)))
             task: list[Read] = []
             size = 0
             while self._reads and (count is None or len(task) < count):
@@ -46,13 +69,15 @@ class Waiting:
     def done(self, task: Sequence[Read], on_progress: Callable[[int], None] | None) -> None:
         """Report what was carried out."""
         if on_progress is not None:
-            with self._lock:
+            with self._changed:
                 on_progress(sum(read.nbytes for read in task))
 
     def stop(self) -> None:
         """Nothing more is given."""
-        with self._lock:
+        with self._changed:
             self._reads.clear()
+            self._is_open = False
+            self._changed.notify_all()
 
 
 def _follows(last: Read, read: Read, gap: int | None) -> bool:

@@ -14,6 +14,7 @@ from threading import RLock
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
+from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from kernelgraft.conversion.moves import Dim, Move, TooManyPiecesError, contiguous_strides, normal, place, whole
@@ -183,6 +184,15 @@ class LazyTensor(torch.Tensor):
             self._pull(result)
             return result
 
+    @property
+    def whole_source(self) -> Source | None:
+        """The source that this tensor has all elements of, in their order, if there is one."""
+        if len(self._moves) != 1 or not _is_run(self._moves[0]):
+            return None
+        move = self._moves[0]
+        source = cast(Source, move.source)
+        return source if move.numel == source.shape.numel() else None
+
     def view_of_source(self) -> torch.Tensor | None:
         """This tensor as a view of what its source returns, if it is a contiguous run of one as it stands."""
         if len(self._moves) != 1 or not _is_run(self._moves[0]):
@@ -320,6 +330,15 @@ def _holds_all(old: torch.dtype, new: torch.dtype) -> bool:
 
 def _text(name: Hashable) -> str:
     return name if isinstance(name, str) else repr(name)
+
+
+def parameter(value: torch.Tensor, requires_grad: bool) -> nn.Parameter:
+    """`nn.Parameter(value, requires_grad)`, of a lazy tensor that nobody else has: it becomes the parameter itself."""
+    if not isinstance(value, LazyTensor):
+        return nn.Parameter(value, requires_grad)
+    # What torch does with a subclass, but for a detach, which would be recorded.
+    value._is_param = True
+    return value.requires_grad_(requires_grad)  # type: ignore[return-value]
 
 
 def _is_run(move: Move) -> bool:
