@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,17 +19,14 @@ from torch import nn
 
 from kernelgraft import compat, recorded_config
 from kernelgraft.api import subject_of
-from kernelgraft.blueprint import Blueprint, packed_parameters
-from kernelgraft.checkpoint.ahead import ReadAhead
-from kernelgraft.checkpoint.files import Checkpoint, checkpoint_files
+from kernelgraft.blueprint import Blueprint
+from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.fill import materialize
 from kernelgraft.checkpoint.naming import load_lazily
+from kernelgraft.checkpoint.reader import Reading, ready_for_cuda
 from kernelgraft.config import KernelConfig
-from kernelgraft.contents import joined
 from kernelgraft.entry import Entry
-from kernelgraft.errors import CheckpointError
 from kernelgraft.graft import Graft, apply_blueprint, root_class
-from kernelgraft.matching import answers_to
 from kernelgraft.meta import WithoutDrawing
 from kernelgraft.plan import Rejected
 from kernelgraft.planner import make_blueprint
@@ -41,8 +37,6 @@ from kernelgraft.recording import Recording, recorded
 class _Load:
     """One call of `from_pretrained`: what was asked for (without a config, no graft), and how far it has come."""
 
-    place: Any = None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
     config: KernelConfig | None = None
     inherited: Sequence[Entry] = ()
     rejected: tuple[Rejected, ...] = ()
@@ -51,54 +45,18 @@ class _Load:
     is_lazy: bool = False
     graft: Graft | None = None
     verify: bool = False
+    device_map: Any = None
     original: type[nn.Module] | None = None
     record: recorded_config.Recorded | None = None
-    ahead: ReadAhead | None = None
+    ready: Reading | None = None
     stack: ExitStack = field(default_factory=ExitStack)
 
-    def read_ahead(self, model: nn.Module) -> None:
-        """Begin to read what no kernel may want otherwise than it is, if this load is one of bytes to a GPU."""
-        devices = compat.explicit_devices(self.arguments.get("device_map"))
-        files = _plain_files(self.place, self.arguments)
-        if self.ahead is not None or files is None or devices is None:
-            return
-        place_of = partial(_device_in, devices)
-        parameters = {name: each for name, each in model.named_parameters() if _is_worth_it(place_of(name))}
-        try:
-            checkpoint = self.stack.enter_context(Checkpoint(files)) if parameters else None
-        except CheckpointError:  # it is opened again, and refused, if Transformers finds the same files
-            return
-        if checkpoint is not None:
-            self.ahead = ReadAhead(checkpoint, parameters, place_of)
-            self.stack.callback(self.ahead.close)
-            self.ahead.add(parameters.keys() - self._may_be_packed(model))
-
-    def _may_be_packed(self, model: nn.Module) -> set[str]:
-        """Parameters in modules whose class some entry asks for: before there is a plan."""
-        entries = () if self.config is None else (*self.config.entries, *self.inherited)
-        wanted = {name for entry in entries for name in entry.class_names}
-        classes = {cls for cls in map(type, model.modules()) if any(answers_to(cls, name) for name in wanted)}
-        return {
-            joined(path, name)
-            for path, module in model.named_modules()
-            if type(module) in classes
-            for name, _ in module.named_parameters()
-        }
-
-    def checkpoint(self, files: Sequence[str]) -> Checkpoint:
-        """The opened checkpoint. With a plan, what it leaves as it is can be read ahead too."""
-        if self.ahead is not None and [file.path for file in self.ahead.checkpoint.files] == list(map(Path, files)):
-            if self.blueprint is not None:
-                self.ahead.add(self.ahead.candidates - packed_parameters(self.blueprint))
-            return self.ahead.checkpoint
-        self.drop_ahead()
-        return self.stack.enter_context(Checkpoint(files))
-
-    def drop_ahead(self) -> None:
-        """It was for another load than this turns out to be."""
-        if self.ahead is not None:
-            self.ahead.close()
-            self.ahead = None
+    def make_ready(self) -> None:
+        """Let the threads that will read to a GPU start, while the rest of the load is found out."""
+        devices = (compat.explicit_devices(self.device_map) or {}).values()
+        if self.ready is None and any(_is_cuda(device) for device in devices) and torch.cuda.is_available():
+            self.ready = ready_for_cuda()
+            self.stack.callback(self.ready.stop)
 
     def plan(self, model: nn.Module, *, live: bool, load_config: Any = None) -> Blueprint:
         """Plan the graft of this load's model, which will be filled as `load_config` says if it is not `live`."""
@@ -146,7 +104,7 @@ def from_pretrained(
     if (said := recorded_config.asked(kernel_config)) is not None:
         record = recorded_config.read(pretrained_model_name_or_path, said, **kwargs)
         kernel_config = record.config
-    load = _Load(pretrained_model_name_or_path, kwargs, record=record, verify=verify)
+    load = _Load(record=record, verify=verify, device_map=kwargs.get("device_map"))
     if kernel_config is not None or use_kernels:
         load.config = KernelConfig({}) if kernel_config is None else KernelConfig.of(kernel_config)
         if load.config.inherits:
@@ -181,6 +139,11 @@ def _device_in(device_map: Mapping[str, Any], name: str) -> torch.device:
         path = path.rpartition(".")[0]
     where = device_map.get(path, "cpu")
     return torch.device("cpu" if where == "disk" else where)
+
+
+def _is_cuda(device: Any) -> bool:
+    """Whether something in a device map is a GPU: a number, or what `torch.device` takes."""
+    return isinstance(device, int) or str(device).startswith("cuda")
 
 
 def _auto_class(cls: Any, load: _Load) -> type:
@@ -218,12 +181,12 @@ def _loading_class(cls: Any, load: _Load) -> Any:
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         load.original = cls
+        load.make_ready()
         with ExitStack() as stack:
             stack.enter_context(WithoutDrawing())
             if load.config is not None and (load.config.entries or load.inherited):
                 load.recording = stack.enter_context(recorded())
             cls.__init__(self, *args, **kwargs)
-        load.read_ahead(self)
 
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
@@ -233,19 +196,19 @@ def _loading_class(cls: Any, load: _Load) -> Any:
             load.is_lazy = True
             if load.config is not None:
                 load.blueprint = load.plan(model, live=False, load_config=load_config)
-            return load_lazily(model, load.checkpoint(checkpoint_files), load_config, expected_keys)
-        load.drop_ahead()
+            checkpoint = load.stack.enter_context(Checkpoint(checkpoint_files))
+            return load_lazily(model, checkpoint, load_config, expected_keys)
         return cls._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         info = cls._finalize_model_loading(model, load_config, loading_info)
         if load.blueprint is not None:
-            load.graft = apply_blueprint(model, load.blueprint, load.ahead)
+            load.graft = apply_blueprint(model, load.blueprint, load.ready)
             # While Transformers goes on, it must not find our `use_kernels`, which it would switch off.
             model.__class__ = loading
             load.stack.enter_context(load.graft.packed_names())
         elif load.is_lazy:
-            materialize(model, load.ahead)
+            materialize(model, load.ready)
         return info
 
     def load_adapter(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -282,30 +245,6 @@ def _is_ours(checkpoint_files: Sequence[str] | None, load_config: Any) -> bool:
         and load_config.device_mesh is None
         and "disk" not in (load_config.device_map or {}).values()
     )
-
-
-def _is_worth_it(device: torch.device) -> bool:
-    """Whether to read ahead for a device. On the CPU most bytes are mapped, and none of these has to be read at all."""
-    return device.type == "cuda" and torch.cuda.is_available()
-
-
-# With these the files, or what is done with them, are not what they seem.
-_NOT_PLAIN = (
-    *("subfolder", "variant", "gguf_file", "state_dict", "quantization_config", "key_mapping", "disable_mmap"),
-    *("adapter_kwargs", "distributed_config", "device_mesh", "tp_plan", "tp_size"),
-)
-
-
-def _plain_files(place: Any, arguments: Mapping[str, Any]) -> list[Path] | None:
-    """The files that Transformers will find in a folder, if nothing hints at others."""
-    if any(arguments.get(name) for name in _NOT_PLAIN) or arguments.get("use_safetensors") is False:
-        return None
-    if not isinstance(place, str | os.PathLike) or not os.path.isdir(place):
-        return None
-    try:
-        return checkpoint_files(Path(place))
-    except CheckpointError:
-        return None
 
 
 class _FromPretrained:

@@ -11,7 +11,6 @@ from kernelgraft.choosing import Asked, Runs
 from kernelgraft.config import KernelConfig
 from kernelgraft.conversion.rules import Rules
 from kernelgraft.layouts import Made
-from kernelgraft.origins import full_name
 from kernelgraft.plan import KindPlan, Plan, SitePlan
 from kernelgraft.recording import Arguments
 from kernelgraft.soundness import Run
@@ -81,15 +80,3 @@ class Blueprint:
     sites: list[PreparedSite]
     functions: list[PreparedFunction]
     config: KernelConfig
-
-
-def packed_parameters(blueprint: Blueprint) -> set[str]:
-    """The parameters, by their names in the model, of which a graft needs something else than they are."""
-    packed = set()
-    for prepared in blueprint.sites:
-        program = prepared.kind.program
-        if program is not None:
-            kept = {source for target, source in program.whole.items() if target not in program.casts}
-            paths = prepared.site.paths
-            packed |= {full_name(source, paths) for source in program.sources if source not in kept}
-    return packed

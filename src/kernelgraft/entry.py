@@ -89,11 +89,6 @@ class Entry:
         return not isinstance(self.target, str)
 
     @property
-    def class_names(self) -> tuple[str, ...]:
-        """The classes, or the function, that it names."""
-        return (self.target,) if isinstance(self.target, str) else tuple(name for name, _ in self.target)
-
-    @property
     def label(self) -> str:
         """The key as a message names it."""
         return target_label(self.target)

@@ -19,8 +19,8 @@ from torch import nn
 from kernelgraft import compat
 from kernelgraft.binding import ClassKey, Rebound, bound_class, traces_of
 from kernelgraft.blueprint import Blueprint
-from kernelgraft.checkpoint.ahead import ReadAhead
 from kernelgraft.checkpoint.fill import materialize
+from kernelgraft.checkpoint.reader import Reading
 from kernelgraft.choosing import Asked, Runs, choose_modes, runs_of
 from kernelgraft.config import device_type
 from kernelgraft.errors import GraftError
@@ -473,8 +473,8 @@ def _reduce_root(self: nn.Module, _: Any) -> Any:
 # --- applying
 
 
-def apply_blueprint(model: nn.Module, blueprint: Blueprint, ahead: ReadAhead | None = None) -> Graft:
-    """Carry a blueprint out, all or nothing, and log one line about it; `ahead` as in `materialize`."""
+def apply_blueprint(model: nn.Module, blueprint: Blueprint, ready: Reading | None = None) -> Graft:
+    """Carry a blueprint out, all or nothing, and log one line about it; `ready` as in `materialize`."""
     graft = Graft(model, blueprint.plan)
     graft.asked = described(blueprint.config)
     grafted_class = root_class(type(model))
@@ -488,7 +488,7 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint, ahead: ReadAhead | N
             site, modules = rebind_function(model, function)
             undo.append(modules)
             graft._installed.append(Installed(site, function.asked, (function.key,), modules, blueprint.plan.device))
-        materialize(model, ahead)
+        materialize(model, ready)
     except BaseException:
         for modules in reversed(undo):
             restore_site(model, modules)

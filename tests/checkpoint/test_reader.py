@@ -174,3 +174,42 @@ def test_the_rehearsal_reads_everything_and_writes_nothing(experts, calls):
     check_readable(jobs)
     assert sum(got for _, got in calls) == 3 * E * H * INNER * 4
     assert all(out.isnan().all() for _, out in jobs)
+
+
+def test_threads_wait_for_reads_and_carry_them_out(experts):
+    tensors, checkpoint = experts
+    made = []
+
+    def lane():
+        made.append(threading.current_thread())
+        return reader.CpuLane()
+
+    reading = reader.Reading()
+    reading.start([lane, lane])
+    while len(made) < 2:
+        time.sleep(0.001)
+    assert all(thread.is_alive() for thread in made)
+    jobs = empty(stacked(checkpoint).values())
+    assert reading.run(reader._in_order(jobs, 1000), (), None) == 3 * E * H * INNER * 4
+    assert all(torch.equal(out, each) for (_, out), each in zip(jobs, stacked(tensors).values(), strict=True))
+    assert not threads_of_ours()
+
+
+def test_threads_that_are_not_needed_are_stopped():
+    reading = reader.Reading()
+    reading.start([reader.CpuLane] * 3)
+    reading.stop()
+    assert not threads_of_ours()
+    assert reading.run([], (), None) == 0
+
+
+def test_a_lane_that_cannot_be_made_fails_the_reading_when_it_comes_to_it(experts):
+    def lane():
+        raise CheckpointError("no memory can be pinned")
+
+    reading = reader.Reading()
+    reading.start([lane, reader.CpuLane])
+    jobs = empty(stacked(experts[1]).values())
+    with pytest.raises(CheckpointError, match="no memory can be pinned"):
+        reading.run(reader._in_order(jobs, 1000), (), None)
+    assert not threads_of_ours()

@@ -34,7 +34,7 @@ pinned = Pinned()
 # that read and threads that register (32 MB each): 16 + 0 0.66, 12 + 0 0.67, 12 + 4 0.68, 8 + 4 0.72, 8 + 0 0.76,
 # 0 + 12 1.00; in chunks of 4 MB 16 + 0 took 1.01, in chunks of 16 MB 0.65. On an H200 registering was the faster way
 # (0.66 to 0.85 against 1.0 to 1.2, 2026-11-24), so there is some of both.
-REGISTERING, READING = 4, 12
+REGISTERING, READING = 2, 12
 """Threads of either kind."""
 
 CHUNK = 8 << 20
@@ -63,28 +63,23 @@ def reserve(nbytes: Mapping[torch.device, int]) -> None:
                     torch.empty(wanted - unused, dtype=torch.uint8, device=device)
 
 
-def synchronize(devices: Iterable[torch.device]) -> None:
-    """Wait for what the current streams of CUDA devices have to do: with memory that is to be read into, maybe."""
-    for device in devices:
-        if device.type == "cuda":
-            torch.cuda.current_stream(device).synchronize()
+def current_streams(devices: Iterable[torch.device]) -> dict[torch.device, torch.cuda.Stream]:
+    """The current stream of each device, when it has done what it had to do: with memory to be read into, maybe."""
+    streams = {device: torch.cuda.current_stream(device) for device in devices}
+    for stream in streams.values():
+        stream.synchronize()
+    return streams
 
 
-def registering_lanes(devices: Iterable[torch.device], count: int) -> list[Callable[[], Lane]]:
-    """Lanes that let devices copy pages of mapped files.
+def device_lanes(after: Streams, cores: int) -> list[Callable[[], Lane]]:
+    """The lanes that read to devices, for a process that may use so many cores.
 
-    What the current streams of the devices have to do with the tensors that will be filled must be done.
+    Args:
+        after: The caller's stream on each device. It may come in after the lanes were made, and before the first read.
+            What these streams have to do with the tensors that will be filled must be done.
+        cores: How many cores.
     """
-    return [partial(RegisteringLane, _current_streams(devices))] * count
-
-
-def reading_lanes(devices: Iterable[torch.device], cores: int) -> list[Callable[[], Lane]]:
-    """Lanes that read by way of pinned buffers, for a process that may use so many cores; as `registering_lanes`."""
-    return [partial(ReadingLane, _current_streams(devices))] * min(READING, cores)
-
-
-def _current_streams(devices: Iterable[torch.device]) -> Streams:
-    return {device: torch.cuda.current_stream(device) for device in devices}
+    return [partial(RegisteringLane, after)] * REGISTERING + [partial(ReadingLane, after)] * min(READING, cores)
 
 
 class _DeviceLane:

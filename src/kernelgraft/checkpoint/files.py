@@ -191,15 +191,8 @@ class Checkpoint(Mapping[str, LazyTensor]):
         while self.files:
             self.files.pop().close()
 
-    def source(self, name: str) -> FileTensor:
-        """Where the bytes of a tensor are."""
-        return self._tensors[name]
-
     def __getitem__(self, name: str) -> LazyTensor:
         return LazyTensor.of(self._tensors[name])
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)

@@ -6,12 +6,11 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from kernelgraft.checkpoint.ahead import ReadAhead
-from kernelgraft.checkpoint.device import reserve, synchronize
+from kernelgraft.checkpoint.device import reserve
 from kernelgraft.checkpoint.files import FileTensor, OpenFile
 from kernelgraft.checkpoint.memory import fresh
 from kernelgraft.checkpoint.progress import progress_bar
-from kernelgraft.checkpoint.reader import check_readable, fill
+from kernelgraft.checkpoint.reader import Reading, check_readable, fill
 from kernelgraft.checkpoint.sharding import is_sharded, local_part, with_local
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
@@ -21,7 +20,7 @@ from kernelgraft.tree import put_tensor, saved_tensors, tensor_at
 Job = tuple[LazyTensor, torch.Tensor]
 
 
-def materialize(model: nn.Module, ahead: ReadAhead | None = None) -> None:
+def materialize(model: nn.Module, ready: Reading | None = None) -> None:
     """Give every parameter and buffer of `model` that is still lazy its bytes, all in one pass over the files.
 
     On the CPU what is a run of a file as it stands becomes a view of the mapped file. Everything else gets memory of
@@ -29,7 +28,7 @@ def materialize(model: nn.Module, ahead: ReadAhead | None = None) -> None:
 
     Args:
         model: The model.
-        ahead: What some of the bytes have been read by; it ends with the call.
+        ready: Threads that wait for what goes to CUDA devices; they end with the call.
 
     Raises:
         CheckpointError: A file cannot be read, or was replaced in the meantime. The model is as it was.
@@ -43,18 +42,16 @@ def materialize(model: nn.Module, ahead: ReadAhead | None = None) -> None:
     ]
     lazies = {id(lazy): lazy for _, _, lazy in held if not lazy.is_resolved}
     values: dict[int, torch.Tensor] = {}
+    jobs: list[Job] = []
+    _reserve(lazies.values())
     for key, lazy in lazies.items():
-        value = ahead.tensor_for(lazy) if ahead is not None else None
-        if value is None:
-            value = lazy.view_of_source()
-        if value is not None:
-            values[key] = value
-    missing = {key: lazy for key, lazy in lazies.items() if key not in values}
-    _reserve(missing.values())
-    new = {key: fresh(lazy.shape, lazy.dtype, lazy.device) for key, lazy in missing.items()}
-    read([(lazy, new[key]) for key, lazy in missing.items()], ahead)
+        view = lazy.view_of_source()
+        if view is None:
+            view = fresh(lazy.shape, lazy.dtype, lazy.device)
+            jobs.append((lazy, view))
+        values[key] = view
+    read(jobs, ready)
     check_unchanged(lazies.values())
-    values |= new
     for key, lazy in lazies.items():
         lazy.resolve(values[key])
     for registry, name, lazy in held:
@@ -68,12 +65,11 @@ def _reserve(lazies: Iterable[LazyTensor]) -> None:
     reserve(nbytes)
 
 
-def read(jobs: Sequence[Job], ahead: ReadAhead | None = None) -> None:
+def read(jobs: Sequence[Job], ready: Reading | None = None) -> None:
     """Fill tensors from files, with a progress bar where that is long; see `fill`."""
-    synchronize({out.device for _, out in jobs})
     total = sum(move.numel * move.source.dtype.itemsize for lazy, _ in jobs for move in lazy.moves)  # type: ignore[attr-defined]
-    with progress_bar(total + (ahead.nbytes_left if ahead is not None else 0)) as on_progress:
-        fill(jobs, on_progress=on_progress, ahead=ahead)
+    with progress_bar(total) as on_progress:
+        fill(jobs, on_progress=on_progress, ready=ready)
 
 
 def _files(lazies: Iterable[LazyTensor]) -> list[OpenFile]:

@@ -9,20 +9,16 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from kernelgraft.checkpoint import device
-from kernelgraft.checkpoint.device import reading_lanes, registering_lanes
+from kernelgraft.checkpoint.device import current_streams, device_lanes
 from kernelgraft.checkpoint.memory import writable
 from kernelgraft.checkpoint.positioned import read_into, read_runs
 from kernelgraft.checkpoint.requests import Read, Straight, reads_of
 from kernelgraft.checkpoint.waiting import Lane, Waiting
 from kernelgraft.conversion.lazy import LazyTensor, copy_move
-
-if TYPE_CHECKING:
-    from kernelgraft.checkpoint.ahead import ReadAhead
 
 logger = logging.getLogger("kernelgraft")
 
@@ -42,7 +38,7 @@ def fill(
     *,
     threads: int | None = None,
     on_progress: Callable[[int], None] | None = None,
-    ahead: "ReadAhead | None" = None,
+    ready: "Reading | None" = None,
 ) -> int:
     """Fill tensors with what lazy tensors stand for.
 
@@ -50,7 +46,7 @@ def fill(
         jobs: Lazy tensors, and a tensor of the same shape for each, of any strides, dtype and device.
         threads: How many threads read into host memory; by default as many as there are cores, at most `MOST_THREADS`.
         on_progress: Called with the number of bytes that were read since it was called last.
-        ahead: What reads already. Its threads go on with what is for devices like its own, and it ends with the call.
+        ready: Threads that wait already for what goes to CUDA devices; they end with the call.
 
     Returns:
         How many bytes were read from files.
@@ -64,16 +60,14 @@ def fill(
         for lazy, out in jobs:
             _fill_from_memory(lazy, out)
     started = time.perf_counter()
+    cuda = [job for job in jobs if job[1].device.type == "cuda"]
+    others = [job for job in jobs if job[1].device.type != "cuda"]
     total = 0
-    for on_cuda in (False, True):
-        part = [job for job in jobs if (job[1].device.type == "cuda") is on_cuda]
-        reads = reads_in_order(part, on_cuda=on_cuda)
-        if ahead is not None and ahead.on_cuda is on_cuda:
-            total += ahead.finish(reads, on_progress)
-        elif reads:
-            devices = {out.device for _, out in part}
-            lanes = [*first_lanes(devices, on_cuda=on_cuda), *more_lanes(devices, on_cuda=on_cuda, threads=threads)]
-            total += _carry_out(reads, lanes, on_progress)
+    if others:
+        total += _carry_out(_in_order(others, CHUNK), [CpuLane] * _host_threads(threads), on_progress)
+    if cuda:
+        ready = ready or ready_for_cuda()
+        total += ready.run(_in_order(cuda, device.CHUNK), {out.device for _, out in cuda}, on_progress)
     if total:
         seconds = time.perf_counter() - started
         logger.debug("read %.3f GB in %.3f s (%.1f GB/s)", total / 1e9, seconds, total / 1e9 / max(seconds, 1e-9))
@@ -86,24 +80,21 @@ def check_readable(jobs: Iterable[Job], *, threads: int | None = None) -> None:
     Raises:
         CheckpointError: See `fill`.
     """
-    _carry_out(reads_in_order(jobs, on_cuda=False), [_Rehearsal] * _host_threads(threads), None)
+    _carry_out(_in_order(jobs, CHUNK), [_Rehearsal] * _host_threads(threads), None)
 
 
-def first_lanes(devices: Iterable[torch.device], *, on_cuda: bool) -> Sequence[Callable[[], Lane]]:
-    """Those lanes to devices (all of which are CUDA's, or none) that leave most of the interpreter's time to others."""
-    return registering_lanes(devices, device.REGISTERING) if on_cuda else [CpuLane]
+def ready_for_cuda() -> "Reading":
+    """Threads that wait for reads to CUDA devices, and meanwhile start CUDA, if need be, and pin their buffers.
+
+    Hand it to `fill`, or stop it.
+    """
+    reading = Reading()
+    reading.start(device_lanes(reading.streams, _cores()))
+    return reading
 
 
-def more_lanes(
-    devices: Iterable[torch.device], *, on_cuda: bool, threads: int | None = None
-) -> Sequence[Callable[[], Lane]]:
-    """The other ones: so many that together with the first ones they read as fast as can be."""
-    return reading_lanes(devices, _cores()) if on_cuda else [CpuLane] * (_host_threads(threads) - 1)
-
-
-def reads_in_order(jobs: Iterable[Job], *, on_cuda: bool) -> list[Read]:
+def _in_order(jobs: Iterable[Job], most: int) -> list[Read]:
     """All reads, file by file and from its beginning to its end."""
-    most = device.CHUNK if on_cuda else CHUNK
     reads = [read for lazy, out in jobs for read in reads_of(lazy, out, most)]
     order: dict[int, int] = {}
     for read in reads:
@@ -133,67 +124,65 @@ def _carry_out(
     reads: Sequence[Read], lanes: Sequence[Callable[[], Lane]], on_progress: Callable[[int], None] | None
 ) -> int:
     """Share reads out among threads, one for each lane."""
-    reading = Reading(on_progress)
-    reading.add(reads)
+    reading = Reading()
     reading.start(lanes[: len(reads)])
-    return reading.finish()
+    return reading.run(reads, (), on_progress)
 
 
 class Reading:
     """Threads that carry reads out, one for each lane. The first error stops all of them.
 
     Attributes:
-        on_progress: Called with each next number of bytes that were read.
+        streams: The current streams of the CUDA devices that are read to, from when that is known.
     """
 
-    def __init__(self, on_progress: Callable[[int], None] | None = None) -> None:
-        self.on_progress = on_progress
+    def __init__(self) -> None:
+        self.streams: dict[torch.device, torch.cuda.Stream] = {}
         self._waiting = Waiting()
+        self._on_progress: Callable[[int], None] | None = None
         self._errors: list[BaseException] = []
-        self._nbytes = 0
         self._pool: list[threading.Thread] = []
 
     def start(self, lanes: Iterable[Callable[[], Lane]]) -> None:
-        """Start a thread for each lane; until `finish` those that find nothing to do wait for something."""
+        """Start a thread for each lane, which makes its lane and waits for something to do."""
         try:
             for lane in lanes:
                 name = f"kernelgraft-read-{len(self._pool)}"
                 self._pool.append(threading.Thread(target=self._work, args=(lane,), name=name, daemon=True))
                 self._waiting.num_lanes += 1
                 self._pool[-1].start()
-        except BaseException:
+        except BaseException:  # Ctrl-C: nothing is left running
             self.stop()
             raise
 
-    def add(self, reads: Sequence[Read]) -> None:
-        """Put more reads behind those that wait."""
-        self._nbytes += sum(read.nbytes for read in reads)
-        self._waiting.add(reads)
+    def run(
+        self, reads: Sequence[Read], devices: Iterable[torch.device], on_progress: Callable[[int], None] | None
+    ) -> int:
+        """Carry reads out, once; the threads have ended then.
 
-    @property
-    def nbytes_left(self) -> int:
-        """How many bytes wait to be read."""
-        return self._waiting.nbytes
-
-    def finish(self) -> int:
-        """Carry out what waits; the threads have ended then.
+        Args:
+            reads: The reads.
+            devices: The CUDA devices that they go to.
+            on_progress: As in `fill`.
 
         Returns:
-            How many bytes were read in all.
+            How many bytes were read.
 
         Raises:
             CheckpointError: See `fill`.
         """
         try:
-            self._waiting.close()
+            self._on_progress = on_progress
+            self.streams |= current_streams(devices)
+            self._waiting.put(reads)
             for thread in self._pool:
                 thread.join()
-        except BaseException:  # Ctrl-C: nothing is left running
+        except BaseException:
             self.stop()
             raise
         if self._errors:
             raise self._errors[0]
-        return self._nbytes
+        return sum(read.nbytes for read in reads)
 
     def stop(self) -> None:
         """End the threads after what each is doing, and wait for them."""
@@ -209,7 +198,7 @@ class Reading:
                 lane = make_lane()
                 while task := lane.take(self._waiting):
                     lane.run(task)
-                    self._waiting.done(task, self.on_progress)
+                    self._waiting.done(task, self._on_progress)
         except BaseException as error:
             self._errors.append(error)
             self._waiting.stop()

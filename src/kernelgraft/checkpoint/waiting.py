@@ -12,36 +12,28 @@ _LEAST = 1 << 20
 
 
 class Waiting:
-    """What is left to read, to which more may come until it is closed.
+    """What is left to read; threads may come for it before it is there.
 
     Attributes:
-        nbytes: How many bytes are left.
-        num_lanes: How many threads share them.
+        num_lanes: How many threads share it.
     """
 
     def __init__(self) -> None:
-        self.nbytes = 0
         self.num_lanes = 0
-        self._reads: deque[Read] = deque()
-        self._is_open = True
+        self._reads: deque[Read] | None = None
+        self._nbytes = 0
         self._changed = threading.Condition()
 
-    def add(self, reads: Sequence[Read]) -> None:
-        """Put more reads behind those that wait."""
+    def put(self, reads: Sequence[Read]) -> None:
+        """Say, once, what is to be read."""
         with self._changed:
-            if self._is_open:
-                self._reads.extend(reads)
-                self.nbytes += sum(read.nbytes for read in reads)
+            if self._reads is None:
+                self._reads = deque(reads)
+                self._nbytes = sum(read.nbytes for read in reads)
                 self._changed.notify_all()
 
-    def close(self) -> None:
-        """Nothing more will come: who finds nothing left need not wait."""
-        with self._changed:
-            self._is_open = False
-            self._changed.notify_all()
-
     def take(self, most: int, *, gap: int | None = None, count: int | None = None) -> list[Read]:
-        """The next reads, none if nothing is left and nothing more will come.
+        """The next reads, none if nothing is left.
 
         Towards the end less is given at once, so that all threads end at about the same time.
 
@@ -51,10 +43,9 @@ class Waiting:
             count: How many reads at most.
         """
         with self._changed:
-            while self._is_open and not self._reads:
+            while self._reads is None:
                 self._changed.wait()
-            if not self._is_open:
-                most = min(most, max(_LEAST, self.nbytes // (2 * self.num_lanes)))
+            most = min(most, max(_LEAST, self._nbytes // (2 * self.num_lanes)))
             task: list[Read] = []
             size = 0
             while self._reads and (count is None or len(task) < count):
@@ -63,7 +54,7 @@ class Waiting:
                     break
                 task.append(self._reads.popleft())
                 size += read.nbytes
-            self.nbytes -= size
+            self._nbytes -= size
             return task
 
     def done(self, task: Sequence[Read], on_progress: Callable[[int], None] | None) -> None:
@@ -75,8 +66,7 @@ class Waiting:
     def stop(self) -> None:
         """Nothing more is given."""
         with self._changed:
-            self._reads.clear()
-            self._is_open = False
+            self._reads = deque()
             self._changed.notify_all()
 
 

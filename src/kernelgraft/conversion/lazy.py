@@ -184,15 +184,6 @@ class LazyTensor(torch.Tensor):
             self._pull(result)
             return result
 
-    @property
-    def whole_source(self) -> Source | None:
-        """The source that this tensor has all elements of, in their order, if there is one."""
-        if len(self._moves) != 1 or not _is_run(self._moves[0]):
-            return None
-        move = self._moves[0]
-        source = cast(Source, move.source)
-        return source if move.numel == source.shape.numel() else None
-
     def view_of_source(self) -> torch.Tensor | None:
         """This tensor as a view of what its source returns, if it is a contiguous run of one as it stands."""
         if len(self._moves) != 1 or not _is_run(self._moves[0]):
