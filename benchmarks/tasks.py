@@ -4,7 +4,6 @@ Each function is a measurement, as `worker.py` describes it.
 """
 
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -157,29 +156,30 @@ class Planned(Exception):
 
 
 def planning(run: Run) -> Measurement:
-    """From opening the checkpoint until every parameter is known as a lazy tensor, with nothing read.
+    """From opening the checkpoint until every parameter of the model is known as a lazy tensor, with nothing read.
 
-    The load is stopped by an exception where it would begin to read, which is where it calls `materialize`.
+    That is validating the headers and leading each name through Transformers' rules. The load is stopped by an
+    exception when that is done.
     """
     loader = loaders.import_model_code(run)
     import kernelgraft.auto
 
     yield
     opened = 0.0
-    original = kernelgraft.auto.Checkpoint
-    grafting = sys.modules["kernelgraft.graft"]  # the package has a function of that name
+    original, load_lazily = kernelgraft.auto.Checkpoint, kernelgraft.auto.load_lazily
 
     def opens(files: Any) -> Any:
         nonlocal opened
         opened = time.perf_counter()
         return original(files)
 
-    def stops(*_: Any, **__: Any) -> None:
+    def stops(*arguments: Any) -> None:
+        load_lazily(*arguments)
         run.result["planning_s"] = time.perf_counter() - opened
         raise Planned
 
     config = loaders.kernel_config(merged=False)
-    with run.clock(), replaced(kernelgraft.auto, "Checkpoint", opens), replaced(grafting, "materialize", stops):
+    with run.clock(), replaced(kernelgraft.auto, "Checkpoint", opens), replaced(kernelgraft.auto, "load_lazily", stops):
         try:
             kernelgraft.auto.from_pretrained(loader, run.folder, kernel_config=config)
         except Planned:

@@ -97,12 +97,11 @@ def subject_of(
         built = compat.skeleton_of(model)
         if built is not None:
             skeleton, recording = built
-    holder = skeleton if skeleton is not None else model
 
     def arguments(path: str) -> Arguments | None:
-        module = _submodule(holder, path)
         own = model.get_submodule(path)
-        if module is not None and recording is not None and _same(module, own):
+        module = own if skeleton is None else _submodule(skeleton, path)
+        if module is not None and recording is not None and (module is own or _same(module, own)):
             found = recording.of(module)
             if found is not None:
                 return found

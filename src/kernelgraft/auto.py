@@ -28,6 +28,7 @@ from kernelgraft.config import KernelConfig
 from kernelgraft.entry import Entry
 from kernelgraft.graft import Graft, apply_blueprint, root_class
 from kernelgraft.meta import WithoutDrawing
+from kernelgraft.pausing import collector_paused
 from kernelgraft.plan import Rejected
 from kernelgraft.planner import make_blueprint
 from kernelgraft.recording import Recording, recorded
@@ -196,8 +197,9 @@ def _loading_class(cls: Any, load: _Load) -> Any:
             load.is_lazy = True
             if load.config is not None:
                 load.blueprint = load.plan(model, live=False, load_config=load_config)
-            checkpoint = load.stack.enter_context(Checkpoint(checkpoint_files))
-            return load_lazily(model, checkpoint, load_config, expected_keys)
+            with collector_paused():
+                checkpoint = load.stack.enter_context(Checkpoint(checkpoint_files))
+                return load_lazily(model, checkpoint, load_config, expected_keys)
         return cls._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:

@@ -170,12 +170,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def _open(self, path: str | Path) -> None:
         file = OpenFile(path)
         self.files.append(file)
-        for name, entry in file.index.tensors.items():
-            if name in self._tensors:
-                raise CheckpointError(
-                    f"{name} stands in two files of the checkpoint: {self._tensors[name].file.path} and {path}."
-                )
-            self._tensors[name] = FileTensor(file, entry)
+        for name in self._tensors.keys() & file.index.tensors.keys():
+            raise CheckpointError(
+                f"{name} stands in two files of the checkpoint: {self._tensors[name].file.path} and {path}."
+            )
+        self._tensors |= {name: FileTensor(file, entry) for name, entry in file.index.tensors.items()}
 
     def check_unchanged(self) -> None:
         """Make sure that every file is still the one that was opened.

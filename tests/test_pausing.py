@@ -1,0 +1,54 @@
+"""The garbage collector, paused and as it was."""
+
+import gc
+import threading
+
+import pytest
+
+from kernelgraft.pausing import collector_paused
+
+
+@pytest.fixture(autouse=True)
+def as_it_was():
+    yield
+    gc.enable()
+
+
+def test_it_is_off_inside_and_on_afterwards():
+    with collector_paused():
+        assert not gc.isenabled()
+        with collector_paused():
+            assert not gc.isenabled()
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_who_had_it_off_has_it_off():
+    gc.disable()
+    with collector_paused():
+        pass
+    assert not gc.isenabled()
+
+
+def test_an_error_ends_the_pause():
+    with pytest.raises(KeyError), collector_paused():
+        raise KeyError
+    assert gc.isenabled()
+
+
+def test_threads_that_overlap_leave_it_on():
+    first, second = threading.Event(), threading.Event()
+
+    def other():
+        with collector_paused():
+            first.set()
+            second.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    first.wait(60)
+    with collector_paused():
+        second.set()
+        thread.join()
+        assert not gc.isenabled()
+    assert gc.isenabled()
