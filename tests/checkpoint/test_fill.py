@@ -191,10 +191,11 @@ def test_a_file_that_is_replaced_during_the_load_is_refused(tmp_path, monkeypatc
     file = saved(tower(), tmp_path)
     model = on_meta()
     before = identities(model)
+    once = threading.Lock()
 
     def replaced(fd, buffers, offset):
-        other = file.with_name("other.safetensors")
-        if file.exists() and not other.exists():
+        if once.acquire(blocking=False):
+            other = file.with_name("other.safetensors")
             other.write_bytes(file.read_bytes())
             other.rename(file)
         return os.preadv(fd, buffers, offset)

@@ -159,8 +159,13 @@ def test_ctrl_c_ends_every_thread(experts, monkeypatch):
     def interrupt(nbytes):
         if not seen:
             signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-            time.sleep(0.2)  # nothing goes on meanwhile
         seen.append(nbytes)
+
+    def slow(fd, buffers, offset):
+        time.sleep(0.002)
+        return os.preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(positioned, "preadv", slow)
 
     with pytest.raises(KeyboardInterrupt):
         fill(empty(stacked(checkpoint).values()), threads=2, on_progress=interrupt)

@@ -133,11 +133,9 @@ def check_shards(shards: ShardIndex, files: Sequence[FileIndex]) -> None:
     missing, moved = [], []
     for name, file_name in shards.weight_map.items():
         home = homes.get(name)
-        if home is paths[file_name] and home is not None:
-            continue
         if home is None:
             missing.append(f"{shown(name)} ({shown(file_name)})")
-        else:
+        elif home is not paths[file_name]:
             moved.append(f"{shown(name)} ({shown(file_name)}, but {home} has it)")
     if missing or moved:
         raise CheckpointError(
