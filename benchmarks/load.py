@@ -184,6 +184,8 @@ class Session:
 
     def measure(self, cases: Sequence[Case]) -> None:
         """All repetitions, round by round: in each, every case in turn."""
+        self.reserve = pages.Reserve(self._reserved(cases), self.machine["cores"])
+        self.reserve.hold()
         rounds = {
             case.name: case.warm_ups + min(self.asked.repeats, case.repeats or self.asked.repeats) for case in cases
         }
@@ -194,6 +196,16 @@ class Session:
                 return
             turn = [case for case in cases if number < rounds[case.name] and self._can_run(case, number)]
             self._round(number, turn)
+
+    def _reserved(self, cases: Sequence[Case]) -> int:
+        """Bytes that any measurement may want; none for a trial of the program."""
+        if self.asked.reserve is not None:
+            return int(self.asked.reserve * 1e9)
+        if self.asked.small:
+            return 0
+        if self.asked.device == "cuda":
+            return int(GPU_RESERVE_GB * 1e9)
+        return int(CPU_RESERVE * max(self.models[case.model].nbytes for case in cases))
 
     def _can_run(self, case: Case, number: int) -> bool:
         reason = None
@@ -217,6 +229,7 @@ class Session:
                     print(worker.log(), flush=True)
                 worker.close()
                 self.reserve.hold()
+                self.reserve.settle()
                 self._keep(worker.case, number, answer | {"cached": cached[worker.case.model]})
         finally:
             for worker in workers:

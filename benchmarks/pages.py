@@ -3,6 +3,7 @@
 import ctypes
 import mmap
 import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -67,6 +68,10 @@ def buffer_at(address: int, size: int) -> Any:
     return (ctypes.c_char * size).from_address(address)
 
 
+# Linux hands free pages back 2 seconds after it finds some (`page_reporting_delay`), and then all that are free.
+_REPORTING_S = 2.5
+
+
 class Reserve:
     """Memory that is kept in use between measurements and is free during each, so that they find it warm.
 
@@ -91,6 +96,11 @@ class Reserve:
 
         with ThreadPoolExecutor(self._num_threads) as pool:
             list(pool.map(touch, range(0, self._size, READ_CHUNK)))
+
+    def settle(self) -> None:
+        """Wait until what was free a while ago has been handed back: what is released next is free for as long."""
+        if self._size:
+            time.sleep(_REPORTING_S)
 
     def release(self) -> None:
         """Let a measurement have it."""
