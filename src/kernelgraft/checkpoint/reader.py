@@ -141,16 +141,17 @@ class Reading:
         self._waiting = Waiting()
         self._on_progress: Callable[[int], None] | None = None
         self._errors: list[BaseException] = []
-        self._pool: list[threading.Thread] = []
+        self._pool: list[tuple[threading.Thread, threading.Event]] = []
 
     def start(self, lanes: Iterable[Callable[[], Lane]]) -> None:
         """Start a thread for each lane, which makes its lane and waits for something to do."""
         try:
             for lane in lanes:
-                name = f"kernelgraft-read-{len(self._pool)}"
-                self._pool.append(threading.Thread(target=self._work, args=(lane,), name=name, daemon=True))
+                name, ended = f"kernelgraft-read-{len(self._pool)}", threading.Event()
+                thread = threading.Thread(target=self._work, args=(lane, ended), name=name, daemon=True)
+                self._pool.append((thread, ended))
                 self._waiting.num_lanes += 1
-                self._pool[-1].start()
+                thread.start()
         except BaseException:  # Ctrl-C: nothing is left running
             self.stop()
             raise
@@ -175,8 +176,7 @@ class Reading:
             self._on_progress = on_progress
             self.streams |= current_streams(devices)
             self._waiting.put(reads)
-            for thread in self._pool:
-                thread.join()
+            self._wait()
         except BaseException:
             self.stop()
             raise
@@ -187,11 +187,16 @@ class Reading:
     def stop(self) -> None:
         """End the threads after what each is doing, and wait for them."""
         self._waiting.stop()
-        for thread in self._pool:
+        self._wait()
+
+    def _wait(self) -> None:
+        for thread, ended in self._pool:
             if thread.ident is not None:
+                # Not by `join` alone: interrupted by Ctrl-C, it may take a thread for ended that still runs.
+                ended.wait()
                 thread.join()
 
-    def _work(self, make_lane: Callable[[], Lane]) -> None:
+    def _work(self, make_lane: Callable[[], Lane], ended: threading.Event) -> None:
         lane = None
         try:
             with torch.no_grad():
@@ -203,8 +208,11 @@ class Reading:
             self._errors.append(error)
             self._waiting.stop()
         finally:
-            if lane is not None:
-                lane.close()
+            try:
+                if lane is not None:
+                    lane.close()
+            finally:
+                ended.set()
 
 
 class CpuLane:
