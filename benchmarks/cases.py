@@ -69,7 +69,7 @@ GPU = [
     Case("fastsafetensors", "loaders:fastsafetensors", "8b", package="fastsafetensors"),
     Case("instanttensor", "loaders:instanttensor", "8b", {"buffered": False}, "instanttensor", cuda=True),
     Case("instanttensor-buffered", "loaders:instanttensor", "8b", {"buffered": True}, "instanttensor", cuda=True),
-    Case("update", "tasks:update", "8b", {"times": 15}, repeats=1),
+    Case("update", "tasks:update", "8b", {"times": 15}),
     Case("save-ours", "tasks:save", "8b", {"who": "ours"}, repeats=3, limit_s=300),
     Case("save-transformers", "tasks:save", "8b", {"who": "transformers"}, repeats=3, limit_s=300),
     *_variants("save-write", "limits:plain_write", "8b", _WRITES, repeats=3, limit_s=300),

@@ -26,6 +26,9 @@ from kernelgraft.slot import KEY, Slot
 Weights = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | str | os.PathLike[str]
 """Tensors under original names, or the place of a checkpoint that has them."""
 
+Place = tuple[nn.Module, Slot | None, str]
+"""A module, the slot in whose original it lies, and the beginning of the names that its tensors have there."""
+
 Pair = tuple[torch.Tensor, torch.Tensor]
 """A view of the memory to write, and the values for it, lazy or not, in the same shape."""
 
@@ -54,11 +57,12 @@ def _write_all(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> set[str
     """What is in memory as it comes, and then what is in files in one pass over them."""
     waiting: dict[object, list[Pair]] = {}
     names = set()
+    known: dict[str, Place | None] = {}
     for name, value in tensors.items():
-        lazy = _copy(_pairs(model, name, value))
+        lazy = _copy(_pairs(model, name, value, known))
         if lazy or waiting:
             # Of the names of a tied parameter the last one counts.
-            place = _find(model, name)
+            place = _find(model, name, known)
             waiting[id(place) if isinstance(place, torch.Tensor) else name] = lazy
         names.add(name)
         del value
@@ -92,26 +96,45 @@ def _read(pairs: Sequence[tuple[torch.Tensor, Any]]) -> None:
 # --- where a value belongs
 
 
-def _find(model: nn.Module, name: str) -> torch.Tensor | tuple[Slot, Part] | None:
+def _find(
+    model: nn.Module, name: str, known: dict[str, Place | None] | None = None
+) -> torch.Tensor | tuple[Slot, Part] | None:
     """What an original name stands for: a whole tensor, or what lies in pieces of a slot's packed tensors; or nothing.
 
-    In a slot the way goes on in the original, so that nothing is found under packed names.
+    Args:
+        model: The model.
+        name: The name.
+        known: The modules found so far, where none can be replaced between one name and the next.
     """
-    *path, last = name.split(".")
-    module, slot, local = model, None, last
-    for index, step in enumerate(path, 1):
-        child = module._modules.get(step)
-        if child is None:
-            return None
-        module = child
-        found = module.__dict__.get(KEY)
-        if found is not None and found.skeleton is not module:  # not one that was only rebound
-            slot, module, local = found, found.skeleton, ".".join([*path[index:], last])
-    part = None if slot is None else slot.parts.get(local)
+    path, _, last = name.rpartition(".")
+    if known is None:
+        place = _module(model, path)
+    elif path in known:
+        place = known[path]
+    else:
+        place = known[path] = _module(model, path)
+    if place is None:
+        return None
+    module, slot, start = place
+    part = None if slot is None else slot.parts.get(start + last)
     if slot is not None and part is not None:
         return _packed(slot, part, part.readings[0]) if part.kind == "whole" else (slot, part)
     tensor = module._parameters.get(last)
     return module._buffers.get(last) if tensor is None else tensor
+
+
+def _module(model: nn.Module, path: str) -> Place | None:
+    """The module at an original path. In a slot the way goes on in the original, so packed names lead nowhere."""
+    module, slot, start = model, None, ""
+    for step in path.split(".") if path else ():
+        child = module._modules.get(step)
+        if child is None:
+            return None
+        module, start = child, f"{start}{step}."
+        found = module.__dict__.get(KEY)
+        if found is not None and found.skeleton is not module:  # not one that was only rebound
+            slot, module, start = found, found.skeleton, ""
+    return module, slot, start
 
 
 def _packed(slot: Slot, part: Part, reading: Reading) -> torch.Tensor:
@@ -165,14 +188,16 @@ def _left(model: nn.Module, names: set[str]) -> list[str]:
 # --- what goes there
 
 
-def _pairs(model: nn.Module, name: str, value: torch.Tensor) -> list[Pair]:
-    """What must be copied for `name` to have `value`.
+def _pairs(
+    model: nn.Module, name: str, value: torch.Tensor, known: dict[str, Place | None] | None = None
+) -> list[Pair]:
+    """What must be copied for `name` to have `value`; `known` as for `_find`.
 
     Raises:
         GraftError: There is no such name, the value does not fit, or its place cannot be written.
         ConversionError: The packed parameters do not hold it.
     """
-    place = _find(model, name)
+    place = _find(model, name, known)
     if place is None:
         raise GraftError(_unknown(model, name))
     if isinstance(place, torch.Tensor):

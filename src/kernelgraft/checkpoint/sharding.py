@@ -3,13 +3,16 @@
 from typing import Any
 
 import torch
+from torch import nn
 
 from kernelgraft.errors import CheckpointError
+
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether `tensor` is a `DTensor`."""
-    return hasattr(tensor, "device_mesh")
+    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local_part(target: Any, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
