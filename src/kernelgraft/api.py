@@ -21,7 +21,9 @@ from kernelgraft.slot import KEY
 from kernelgraft.soundness import Run, example_runner, forward_runner
 
 
-def plan(model: nn.Module, config: Any, *, example_inputs: Any = None) -> Plan:
+def plan(
+    model: nn.Module, config: Any, *, example_inputs: Any = None, device: str | torch.device | None = None
+) -> Plan:
     """Plan a graft without changing anything.
 
     Args:
@@ -29,6 +31,7 @@ def plan(model: nn.Module, config: Any, *, example_inputs: Any = None) -> Plan:
         config: A `KernelConfig`, Transformers' own, a mapping, or the path of a TOML file.
         example_inputs: Inputs of one forward (a tuple, or a dict of keywords), by which the soundness of fusions is
             checked. Models of Transformers need none.
+        device: Where a model that is on the meta device will be: kernels are chosen for that; the CPU if left out.
 
     Returns:
         The plan: `print` it, or keep it with `to_json`.
@@ -37,7 +40,7 @@ def plan(model: nn.Module, config: Any, *, example_inputs: Any = None) -> Plan:
         KernelGraftError: The config, a kernel or the graft is refused; the message says why and what to write.
     """
     live = not any(parameter.is_meta for parameter in model.parameters())
-    return _blueprint(model, config, example_inputs, live=live).plan
+    return _blueprint(model, config, example_inputs, live=live, device=None if live else device).plan
 
 
 def graft(model: nn.Module, config: Any, *, example_inputs: Any = None, verify: bool = False) -> Graft:

@@ -42,6 +42,10 @@ class SaveError(KernelGraftError, OSError):
     """A checkpoint could not be written. What was there before is there still."""
 
 
+class ReportError(KernelGraftError, ValueError):
+    """A report page cannot be made of what was given: a file that holds no report, or the report of another graft."""
+
+
 class GraftError(KernelGraftError, RuntimeError):
     """A graft cannot do what was asked in the state that the model is in."""
 

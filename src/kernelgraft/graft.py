@@ -25,7 +25,8 @@ from kernelgraft.choosing import Asked, Runs, choose_modes, runs_of
 from kernelgraft.config import device_type
 from kernelgraft.errors import GraftError
 from kernelgraft.install import install_site, rebind_function, restore_site
-from kernelgraft.kernel import load_kernel
+from kernelgraft.kernel import Kernel, load_kernel
+from kernelgraft.matching import collapse_paths
 from kernelgraft.plan import Plan
 from kernelgraft.recorded_config import described
 from kernelgraft.saving import save_pretrained
@@ -69,6 +70,12 @@ class Installed:
     keys: tuple[ClassKey, ...]
     modules: dict[str, nn.Module]
     device: str
+
+    @property
+    def kernels(self) -> tuple[Kernel, ...]:
+        """All kernels that may run here, each once."""
+        lists = [modes for key in self.keys for modes in (key.modes, *(more for _, more in key.functions))]
+        return tuple(dict.fromkeys(kernel for modes in lists for _, _, kernel in modes))
 
 
 class Graft:
@@ -188,9 +195,16 @@ class Graft:
         }
 
     @contextlib.contextmanager
-    def reference(self) -> Iterator[None]:
-        """Inside the block every site runs its originals, on the same weights and with gradients."""
-        yield from self._switched("use_reference")
+    def reference(self, sites: Iterable[str] | None = None) -> Iterator[None]:
+        """Inside the block every site runs its originals, on the same weights and with gradients.
+
+        Args:
+            sites: Host paths, as `calls.sites` has them, for a block in which these sites alone run theirs.
+
+        Raises:
+            GraftError: No site of the graft has that path.
+        """
+        yield from self._switched("use_reference", sites)
 
     @contextlib.contextmanager
     def packed_names(self) -> Iterator[None]:
@@ -200,8 +214,17 @@ class Graft:
         """
         yield from self._switched("packed_names")
 
-    def _switched(self, name: str) -> Iterator[None]:
+    def _switched(self, name: str, hosts: Iterable[str] | None = None) -> Iterator[None]:
         sites = [installed.site for installed in self._installed]
+        if hosts is not None:
+            wanted = set(hosts)
+            unknown = sorted(wanted.difference(site.host for site in sites))
+            if unknown:
+                raise GraftError(
+                    f"{unknown[0]!r} is no site of this graft, whose sites are at "
+                    f"{collapse_paths([site.host for site in sites]) or 'no place'}. Write paths of graft.calls.sites."
+                )
+            sites = [site for site in sites if site.host in wanted]
         _switch(sites, name, 1)
         try:
             yield

@@ -56,7 +56,7 @@ def described(config: KernelConfig) -> dict[str, Any]:
     tables, missing = [], []
     for entry in config.entries:
         for choice in entry.choices:
-            found = _as_reference(choice)
+            found = as_reference(choice)
             if found is None:
                 key = {"replaces": entry.target} if isinstance(entry.target, str) else {"fuses": list(entry.target)}
                 missing.append({**key, "use": use_label(choice.use)})
@@ -65,7 +65,7 @@ def described(config: KernelConfig) -> dict[str, Any]:
     return {"config": {**config._changed_options(), "kernel": tables}, **({"not_recorded": missing} if missing else {})}
 
 
-def _as_reference(choice: Choice) -> Choice | None:
+def as_reference(choice: Choice) -> Choice | None:
     """The choice with a reference for what it runs; `None` if none leads back to it."""
     use = choice.use
     if use is None or isinstance(use, KernelReference):

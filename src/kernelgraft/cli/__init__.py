@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from kernelgraft.cli import info, plan
+from kernelgraft.cli import bench, info, plan, report, verify
 from kernelgraft.cli._output import FOUND_A_FAULT, WRONG_USE, complain
 from kernelgraft.errors import KernelGraftError, VerificationError
 
@@ -21,6 +21,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("plan")(plan.command)
+app.command("verify")(verify.command)
+app.command("bench")(bench.command)
+app.command("report")(report.command)
 app.command("info")(info.command)
 
 

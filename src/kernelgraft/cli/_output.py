@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,6 +36,18 @@ def working(what: str) -> Iterator[None]:
         return
     with shown.status(what):
         yield
+
+
+@contextmanager
+def progressing(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Shows a bar on a terminal; gives what is to be told what comes next, how much is done, and of how much."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    shown = Console(stderr=True, highlight=False)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(20), TimeElapsedColumn())
+    with Progress(*columns, console=shown, transient=True, disable=not shown.is_terminal) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda part, done, total: bar.update(task, description=f"{what}: {part}", completed=done, total=total)
 
 
 def _plain(text: str) -> str:

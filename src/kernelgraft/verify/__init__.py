@@ -12,10 +12,26 @@ import torch
 
 from kernelgraft.errors import GraftError
 from kernelgraft.graft import Graft
-from kernelgraft.verify._verification import Options, Verification
+from kernelgraft.verify._bisect import Bisection, Step, bisect
+from kernelgraft.verify._repro import Repro, check_folder, read_repro, write_repro
+from kernelgraft.verify._verification import Options, Progress, Verification
 from kernelgraft.verify.report import Check, Failure, Figure, KindReport, Report
 
-__all__ = ["Check", "Failure", "Figure", "KindReport", "Report", "verify"]
+__all__ = [
+    "Bisection",
+    "Check",
+    "Failure",
+    "Figure",
+    "KindReport",
+    "Report",
+    "Repro",
+    "Step",
+    "bisect",
+    "check_folder",
+    "read_repro",
+    "verify",
+    "write_repro",
+]
 
 
 def verify(
@@ -27,11 +43,12 @@ def verify(
     gradients: bool = True,
     dtypes: Sequence[torch.dtype] | None = None,
     seed: int = 0,
+    progress: Progress | None = None,
 ) -> Report:
-    """As `Graft.verify`."""
+    """As `Graft.verify`; `progress` is told what comes next, how much is done, and how much there is."""
     if not graft.is_applied:
         raise GraftError("The graft was removed, so there is nothing to verify. Graft the model again.")
-    return Verification(graft, inputs, Options(every_site, whole_model, gradients, dtypes, seed)).report()
+    return Verification(graft, inputs, Options(every_site, whole_model, gradients, dtypes, seed), progress).report()
 
 
 def verify_or_remove(graft: Graft, inputs: Any = None) -> None:

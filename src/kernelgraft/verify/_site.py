@@ -1,6 +1,7 @@
 """All that is tried at one site: real activations first, then what is made of them."""
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -28,6 +29,8 @@ from kernelgraft.verify._values import copied, spelt
 from kernelgraft.verify.report import Check
 
 BASE = "activations of the model"
+ALL_CALLS = "all calls together"
+CHANGED = "after the weights changed"
 IN_OTHER_DTYPES = ("a batch of 131 tokens", "large numbers", "numbers of all sizes", *SMALL)
 """What is tried besides the activations in a dtype that is not the one in use."""
 
@@ -125,6 +128,37 @@ class SiteTrials:
                 break
         self.findings.count(trial)
 
+    def input_of(
+        self, case: str, dtype: torch.dtype | None, call: SiteCall, others: Mapping[str, SiteCall], each: Pass
+    ) -> SiteCall | None:
+        """What the site is called with in one case, before it is cast; `None` if there is no such case."""
+        if case in (BASE, ALL_CALLS, CHANGED):
+            return call
+        cases = self._cases(self._trial(dtype, each), call, others)
+        return next((made.call for made in cases if made.name == case), None)
+
+    def again(
+        self, case: str, dtype: torch.dtype | None, call: SiteCall, before: SiteCall | None, each: Pass
+    ) -> Iterator[Check]:
+        """One case on its own input; where the calls before it matter, those come first.
+
+        Args:
+            case: Its name.
+            dtype: What weights and inputs are cast to.
+            call: Its input.
+            before: An input on which the kernel runs first: it may keep something of it.
+            each: The mode.
+        """
+        if dtype is None and case in (BASE, ALL_CALLS, CHANGED):
+            yield from (check for check in self.all(call, {}, each) if check.case == case)
+            return
+        trial = self._trial(dtype, each)
+        if before is not None:
+            with suppress(Exception):  # the case says what is wrong
+                run(trial.replica, before.cast(dtype), How(kernel=True, training=each.training), {}, self.seed)
+        seen, used = trial.check(Case(case, call))
+        yield self._said(trial, case, used, seen)
+
     # --- parts
 
     def _trial(self, dtype: torch.dtype | None, each: Pass) -> Trial:
@@ -208,11 +242,10 @@ class SiteTrials:
     def _with_other_weights(self, trial: Trial, call: SiteCall) -> Iterator[Check]:
         if trial.weights_differ():
             fault = "the kernel has written into its weights"
-            yield replace(self._skipped(trial, "all calls together", call, ""), faults=(fault,))
+            yield replace(self._skipped(trial, ALL_CALLS, call, ""), faults=(fault,))
         trial.change_weights(torch.Generator().manual_seed(self.seed))
-        name = "after the weights changed"
-        seen, used = trial.check(Case(name, call))
-        yield self._said(trial, name, used, seen)
+        seen, used = trial.check(Case(CHANGED, call))
+        yield self._said(trial, CHANGED, used, seen)
 
     def _said(self, trial: Trial, case: str, call: SiteCall, seen: Seen) -> Check:
         made = self._skipped(trial, case, call, seen.skipped)

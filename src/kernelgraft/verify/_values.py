@@ -4,7 +4,7 @@ A name is how one would write it: `hidden_states`, `position_embeddings[0]`, `ca
 """
 
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -110,16 +110,19 @@ def copied(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tens
     """
     tensor = tensor.detach()
     dtype = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
-    strides = tensor.stride()
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
     # Of a large tensor the place inside it says nothing more than how it is aligned.
-    offset = tensor.storage_offset() % 64
-    memory = torch.zeros(offset + (extent if tensor.numel() else 0), dtype=dtype, device=tensor.device)
+    return laid_out(_held(tensor, dtype), tensor.stride(), int(tensor.storage_offset()) % 64)
+
+
+def laid_out(tensor: torch.Tensor, strides: Sequence[int], offset: int) -> torch.Tensor:
+    """A copy with memory of its own, in other strides and that many elements behind the memory's start."""
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    memory = torch.zeros(offset + (extent if tensor.numel() else 0), dtype=tensor.dtype, device=tensor.device)
     # Not a view of the memory: autograd lets what it takes for one be written into in fewer cases.
-    new = torch.empty(0, dtype=dtype, device=tensor.device)
+    new = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     new.set_(memory.untyped_storage(), offset, tensor.shape, strides)
     once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)
-    new[once].copy_(_held(tensor[once], dtype))
+    new[once].copy_(tensor[once])
     return new
 
 
@@ -127,9 +130,9 @@ def _held(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if tensor.dtype == dtype or not dtype.is_floating_point:
         return tensor
     info = torch.finfo(dtype)
-    if info.max >= torch.finfo(tensor.dtype).max:
-        return tensor
-    return torch.where(tensor.isinf(), tensor, tensor.clamp(info.min, info.max))
+    if info.max < torch.finfo(tensor.dtype).max:
+        tensor = torch.where(tensor.isinf(), tensor, tensor.clamp(info.min, info.max))
+    return tensor.to(dtype)
 
 
 def spelt(tensors: Mapping[str, torch.Tensor]) -> str:

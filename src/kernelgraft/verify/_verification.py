@@ -4,7 +4,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from kernelgraft.verify._cases import leading_dims
 from kernelgraft.verify._drawing import Drawing, ModelInputs, base_inputs, following, one_of_batch
 from kernelgraft.verify._kinds import Kind, forwards_of, kinds_of
 from kernelgraft.verify._site import BASE, Findings, SiteTrials
-from kernelgraft.verify._whole import whole_model
+from kernelgraft.verify._whole import WholeModel
 from kernelgraft.verify.report import WHOLE_MODEL, Check, KindReport, Report
 
 MOST_DIFFERENT = 4
@@ -27,6 +27,10 @@ MOST_DIFFERENT = 4
 
 ROOM = 2**28
 """Bytes of activations that are kept at a time. What does not fit is taken from another forward of the model."""
+
+
+Progress = Callable[[str, int, int], None]
+"""Is told what comes next, how many parts are done, and how many there are."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,9 @@ class Options:
 class Verification:
     """Verifies one graft once."""
 
-    def __init__(self, graft: Graft, inputs: Any, options: Options) -> None:
+    def __init__(self, graft: Graft, inputs: Any, options: Options, progress: Progress | None = None) -> None:
         self.graft, self.model, self.options = graft, graft.model, options
+        self.progress = progress or (lambda *_: None)
         self.drawing = Drawing(self.model, options.seed)
         self.wrote: list[str] = []
         self.lost: list[Site] = []
@@ -60,11 +65,14 @@ class Verification:
         checks: list[Check] = []
         reports = []
         with undisturbed(self.graft):
+            parts = len(kinds) + self.options.whole_model
             for index, kind in enumerate(kinds):
+                self.progress(kind.title, index, parts)
                 found, report = self._kind(index, kind)
                 checks += found
                 reports.append(report)
             if kinds and self.options.whole_model:
+                self.progress(WHOLE_MODEL, len(kinds), parts)
                 checks += self._whole()
         parameter = next(self.model.parameters(), torch.empty(0))
         return Report(
@@ -91,7 +99,7 @@ class Verification:
         if kind.compiled:
             findings.note(f"not verified: {', '.join(kind.compiled)}, which runs under torch.compile alone")
         first = True
-        for site, call in self._captured([*different, *others]) if not kind.lost else ():
+        for site, call in self.captured([*different, *others]) if not kind.lost else ():
             tried.append(site.site.host)
             if _is_offloaded(site):
                 checks.append(_fault(index, site, "its weights are offloaded, so it cannot be tried alone"))
@@ -100,11 +108,11 @@ class Verification:
             if site.site.host not in hosts:
                 checks += trials.glance(call, passes[0])
                 continue
-            odd = self._odd_calls(site, findings) if leading_dims(call) is None else {}
+            odd = self.odd_calls(site, findings) if leading_dims(call) is None else {}
             for each in passes:
                 checks += trials.all(call, odd, each)
             if first:
-                for dtype in self._other_dtypes(kind, call):
+                for dtype in self.other_dtypes(kind, call):
                     checks += trials.in_dtype(dtype, call, odd, passes[0])
             first = False
         if not passes:
@@ -139,7 +147,7 @@ class Verification:
             notes=tuple(findings.notes),
         )
 
-    def _other_dtypes(self, kind: Kind, call: SiteCall) -> list[torch.dtype]:
+    def other_dtypes(self, kind: Kind, call: SiteCall) -> list[torch.dtype]:
         """The dtypes to try besides the one in use: float32, and those that a kernel's `supports` answers for."""
         floating = [tensor.dtype for tensor in call.inputs().values() if tensor.is_floating_point()]
         claims = any(kernel.supports for kernels in kind.kernels.values() for kernel in kernels)
@@ -150,7 +158,7 @@ class Verification:
 
     # --- activations
 
-    def _captured(self, sites: Sequence[Installed]) -> Iterator[tuple[Installed, SiteCall]]:
+    def captured(self, sites: Sequence[Installed]) -> Iterator[tuple[Installed, SiteCall]]:
         """The calls of sites, as many at a time as there is room for."""
         pending = {tuple(site.modules): site for site in sites}
         inputs = self.inputs.without_cache(self.model)
@@ -161,7 +169,7 @@ class Verification:
             for paths, call in found.items():
                 yield pending.pop(paths), call
 
-    def _odd_calls(self, site: Installed, findings: Findings) -> dict[str, SiteCall]:
+    def odd_calls(self, site: Installed, findings: Findings) -> dict[str, SiteCall]:
         """What the site is called with for odd inputs of the model."""
         made: dict[str, Callable[[], ModelInputs | None] | None] = {}
         if self.inputs_are == "drawn" or self.drawing.draws_tokens:
@@ -224,17 +232,9 @@ class Verification:
                     f"{type(error).__name__}: {error}"
                 ) from error
 
-    @contextmanager
-    def _originals(self) -> Iterator[None]:
+    def _originals(self) -> AbstractContextManager[None]:
         """Inside, every site runs its originals, where they can be had."""
-        sites = [each.site for each in self.graft._installed if each.site not in self.lost]
-        for site in sites:
-            site.use_reference = True
-        try:
-            yield
-        finally:
-            for site in sites:
-                site.use_reference = False
+        return self.graft.reference([each.site.host for each in self.graft._installed if each.site not in self.lost])
 
     def _run_tower(self, tower: nn.Module) -> None:
         drawn = self.drawing.inputs(model=tower)
@@ -253,13 +253,21 @@ class Verification:
         if why:
             yield Check(-1, WHOLE_MODEL, "outputs", "eval", "", "", skipped=why)
             return
+        with self.whole_model() as whole:
+            yield from whole.checks()
+
+    @contextmanager
+    def whole_model(self) -> Iterator[WholeModel]:
+        """Inside, the whole model can be checked, in the mode in which its kernels run, as often as need be."""
         sites = [each.site for each in self.graft._installed]
         training = not all((False, False) in site.modes or site.may_run_originals(False) for site in sites)
         set_training(self.graft, training)
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()] if training else []
-        yield from whole_model(self.graft, self.inputs, self.drawing, self._originals, training, self.options.seed)
-        for buffer, value in buffers:
-            buffer.copy_(value)
+        try:
+            yield WholeModel(self.graft, self.inputs, self.drawing, self._originals, training, self.options.seed)
+        finally:
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 def _may_refuse(kind: Kind) -> bool:
@@ -315,11 +323,12 @@ def undisturbed(graft: Graft) -> Iterator[None]:
             kept = {name: getattr(site, name) for name in _KEPT}
             stack.callback(vars(site).update, kept)
             site.use_reference = False
+            site.blocks = {**site.blocks, "use_reference": 0}
         set_training(graft, False)
         yield
 
 
-_KEPT = ("use_reference", "kernel_calls", "reference_calls", "has_no_gradient", "declined", "accepted")
+_KEPT = ("use_reference", "blocks", "kernel_calls", "reference_calls", "has_no_gradient", "declined", "accepted")
 
 
 def _all_modules(graft: Graft) -> list[nn.Module]:

@@ -8,19 +8,23 @@ changes the model's outputs by about as much.
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from kernelgraft.graft import Graft
 from kernelgraft.verify._drawing import Drawing, ModelInputs, cache_name, following, takes
-from kernelgraft.verify._tolerance import distance, rounding
+from kernelgraft.verify._tolerance import MARGIN, distance, rounding
 from kernelgraft.verify._values import direct, spelt
 from kernelgraft.verify.report import WHOLE_MODEL, Check, Figure
 
-NEIGHBOURS = 3
-"""Runs of the originals with outputs that are moved; the one that strays furthest counts, row by row."""
+NEIGHBOURS = (1, 1, 1, *[MARGIN] * 12)
+"""By how many roundings outputs are moved in runs of the originals, made one by one until the kernels are no further
+off than the one that strays furthest, row by row.
+
+Where a router chooses experts, a small move seldom makes it choose another one, and then a row is another one
+altogether. Then it counts what the moves that a right kernel may make would do."""
 
 NUM_STEPS = 8
 """Tokens of the greedy search, after a prompt of one batch."""
@@ -43,46 +47,40 @@ class _Subject:
             return run()
 
     def noisy(self, run: Callable[[], dict[str, torch.Tensor]]) -> Iterator[dict[str, torch.Tensor]]:
-        for draw in range(NEIGHBOURS):
+        for draw, times in enumerate(NEIGHBOURS):
             generator = torch.Generator().manual_seed(self.seed + draw)
             with ExitStack() as stack:
                 for installed in self.graft._installed:
                     last = list(installed.modules.values())[-1]
-                    handle = last.register_forward_hook(_moving(generator))
+                    handle = last.register_forward_hook(_moving(generator, times))
                     stack.callback(handle.remove)
-                yield self.originals(run)
+                moved = self.originals(run)
+            yield moved
 
 
-def _moving(generator: torch.Generator) -> Callable[..., Any]:
+def _moving(generator: torch.Generator, times: float) -> Callable[..., Any]:
     def moved(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, torch.Tensor):
-            return _moved(output, generator)
+            return _moved(output, generator, times)
         if type(output) is tuple:
-            return tuple(_moved(each, generator) if isinstance(each, torch.Tensor) else each for each in output)
+            return tuple(_moved(each, generator, times) if isinstance(each, torch.Tensor) else each for each in output)
         for name, tensor in direct(output, ""):
-            output[name.removeprefix(".")] = _moved(tensor, generator)
+            output[name.removeprefix(".")] = _moved(tensor, generator, times)
         return output
 
     return moved
 
 
-def _moved(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+def _moved(tensor: torch.Tensor, generator: torch.Generator, times: float) -> torch.Tensor:
     if not tensor.is_floating_point():
         return tensor
     signs = torch.randint(0, 2, tensor.shape, generator=generator).to(tensor.device) * 2 - 1
-    step = 2 * rounding(tensor.dtype, tensor.shape[-1] if tensor.ndim else 1)
+    step = 2 * times * rounding(tensor.dtype, tensor.shape[-1] if tensor.ndim else 1)
     return (tensor.double() * (1 + signs * step)).to(tensor.dtype)
 
 
-def whole_model(
-    graft: Graft,
-    inputs: ModelInputs,
-    drawing: Drawing,
-    on_originals: Callable[[], AbstractContextManager[None]],
-    training: bool,
-    seed: int,
-) -> Iterator[Check]:
-    """Outputs for the inputs; of a language model also the greedy tokens with a cache, and the loss.
+class WholeModel:
+    """The checks of a whole model. What its originals give is computed once, so that they can be repeated.
 
     Args:
         graft: The graft.
@@ -92,17 +90,40 @@ def whole_model(
         training: The mode in which the kernels can run.
         seed: What is drawn is drawn with it.
     """
-    model = graft.model
-    subject = _Subject(graft, on_originals, training, seed)
-    plain = inputs.without_cache(model)
-    yield _check(subject, "outputs", plain, lambda: _outputs(plain.run(model)))[0]
-    labels = _labels(model, inputs)
-    if labels is not None:
-        with_labels = plain.having(labels=labels)
-        yield _check(subject, "loss", with_labels, lambda: {"loss": with_labels.run(model).loss})[0]
-    prompt = drawing.inputs() if not training and cache_name(model) else None
-    if prompt is not None and {"input_ids", "decoder_input_ids"} & prompt.kwargs.keys():
-        yield _decoding(subject, prompt)
+
+    def __init__(
+        self,
+        graft: Graft,
+        inputs: ModelInputs,
+        drawing: Drawing,
+        on_originals: Callable[[], AbstractContextManager[None]],
+        training: bool,
+        seed: int,
+    ) -> None:
+        self._subject = _Subject(graft, on_originals, training, seed)
+        self._plain = inputs.without_cache(graft.model)
+        self._labels = _labels(graft.model, inputs)
+        self._drawing = drawing
+        self._comparisons: list[_Comparison] = []
+        self._more = self._made()
+
+    def checks(self) -> Iterator[Check]:
+        """Outputs for the inputs; of a language model also the loss, and the greedy tokens with a cache."""
+        for made in self._comparisons:
+            yield made.check()
+        for made in self._more:
+            self._comparisons.append(made)
+            yield made.check()
+
+    def _made(self) -> "Iterator[_Comparison]":
+        model, plain = self._subject.graft.model, self._plain
+        yield _Comparison(self._subject, "outputs", plain, lambda: _outputs(plain.run(model)))
+        if self._labels is not None:
+            with_labels = plain.having(labels=self._labels)
+            yield _Comparison(self._subject, "loss", with_labels, lambda: {"loss": with_labels.run(model).loss})
+        prompt = self._drawing.inputs() if not self._subject.training and cache_name(model) else None
+        if prompt is not None and {"input_ids", "decoder_input_ids"} & prompt.kwargs.keys():
+            yield _Decoding(self._subject, prompt)
 
 
 def _outputs(out: Any) -> dict[str, torch.Tensor]:
@@ -116,33 +137,52 @@ def _labels(model: nn.Module, inputs: ModelInputs) -> torch.Tensor | None:
     return tokens if takes(model, "labels") and head is not None and isinstance(tokens, torch.Tensor) else None
 
 
-def _check(
-    subject: _Subject,
-    case: str,
-    inputs: ModelInputs,
-    run: Callable[[], dict[str, torch.Tensor]],
-    expected: dict[str, torch.Tensor] | None = None,
-) -> tuple[Check, dict[str, torch.Tensor]]:
-    """Compare what a run gives with kernels and without; beside the check, what it gives with them."""
-    mode = "train" if subject.training else "eval"
-    said = spelt(dict(each for name, value in _named(inputs) for each in direct(value, name)))
-    made = Check(-1, WHOLE_MODEL, case, mode, "", said)
-    expected = subject.originals(run) if expected is None else expected
-    before = subject.graft.calls
-    try:
-        found = subject.kernels(run)
-    except Exception as error:
-        return replace(made, faults=(f"with kernels it raises {type(error).__name__}: {error}",)), {}
-    after = subject.graft.calls
-    note = f"kernels ran {after.kernel - before.kernel} times, originals {after.reference - before.reference} times"
-    faults = []
-    figures = []
-    noise = _Noise(subject, run)
-    for name, exact in expected.items():
-        fault, figure = _compared(name, found.get(name), exact, noise)
-        faults += [fault] if fault else []
-        figures += [figure] if figure else []
-    return replace(made, faults=tuple(faults), figures=tuple(figures), note=note), found
+class _Comparison:
+    """One check: what a run gives with kernels beside what it gives without."""
+
+    def __init__(
+        self,
+        subject: _Subject,
+        case: str,
+        inputs: ModelInputs,
+        run: Callable[[], dict[str, torch.Tensor]],
+        expected: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        mode = "train" if subject.training else "eval"
+        said = spelt(dict(each for name, value in _named(inputs) for each in direct(value, name)))
+        self.subject, self.run = subject, run
+        self.made = Check(-1, WHOLE_MODEL, case, mode, "", said)
+        self.expected = subject.originals(run) if expected is None else expected
+        self.noise = _Noise(subject, run)
+
+    def check(self) -> Check:
+        """Run with the kernels as they are switched now."""
+        before = self.subject.graft.calls
+        try:
+            found = self.subject.kernels(self.run)
+        except Exception as error:
+            return replace(self.made, faults=(f"with kernels it raises {type(error).__name__}: {error}",))
+        after = self.subject.graft.calls
+        faults = []
+        figures = []
+        for name, exact in self.expected.items():
+            fault, figure = _compared(name, found.get(name), exact, self.noise)
+            faults += [fault] if fault else []
+            figures += [figure] if figure else []
+        note = self.noted(_Ran(found, after.kernel - before.kernel, after.reference - before.reference))
+        return replace(self.made, faults=tuple(faults), figures=tuple(figures), note=note)
+
+    def noted(self, ran: "_Ran") -> str:
+        """What a reader should know besides the figures."""
+        return f"kernels ran {ran.kernels} times, originals {ran.originals} times"
+
+
+class _Ran(NamedTuple):
+    """What a run gave, and how often kernels and originals ran in it."""
+
+    found: dict[str, torch.Tensor]
+    kernels: int
+    originals: int
 
 
 class _Noise:
@@ -174,7 +214,7 @@ def _compared(name: str, found: torch.Tensor | None, exact: torch.Tensor, noise:
         return f"{name}: {int(lost.sum())} of {lost.numel()} values are not finite", None
     length = exact.shape[-1] if exact.ndim else 1
     measured = distance(found, [exact], exact, exact.dtype, length)
-    for count in range(1, NEIGHBOURS + 1) if not torch.equal(found, exact) else ():
+    for count in range(1, len(NEIGHBOURS) + 1) if not torch.equal(found, exact) else ():
         measured = distance(found, noise.of(name, count), exact, exact.dtype, length)
         if measured.is_close:
             break
@@ -185,17 +225,19 @@ def _compared(name: str, found: torch.Tensor | None, exact: torch.Tensor, noise:
 # --- greedy search
 
 
-def _decoding(subject: _Subject, prompt: ModelInputs) -> Check:
+class _Decoding(_Comparison):
     """Each step after the original's own tokens, so that all steps can be compared, and one tie does not end it."""
-    model = subject.graft.model
-    chosen = subject.originals(lambda: _steps(model, prompt, None))
-    forced = chosen.pop("tokens")
-    case = f"{NUM_STEPS} greedy tokens with a cache"
-    check, found = _check(subject, case, prompt, lambda: _steps(model, prompt, forced), chosen)
-    if not found:
-        return check
-    same = int((found["tokens"] == forced).sum())
-    return replace(check, note=f"{same} of {forced.numel()} tokens are the original's")
+
+    def __init__(self, subject: _Subject, prompt: ModelInputs) -> None:
+        model = subject.graft.model
+        chosen = subject.originals(lambda: _steps(model, prompt, None))
+        self.forced = chosen.pop("tokens")
+        case = f"{NUM_STEPS} greedy tokens with a cache"
+        super().__init__(subject, case, prompt, lambda: _steps(model, prompt, self.forced), chosen)
+
+    def noted(self, ran: _Ran) -> str:
+        """How many tokens are the original's."""
+        return f"{int((ran.found['tokens'] == self.forced).sum())} of {self.forced.numel()} tokens are the original's"
 
 
 def _steps(model: nn.Module, prompt: ModelInputs, forced: torch.Tensor | None) -> dict[str, torch.Tensor]:

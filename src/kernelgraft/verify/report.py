@@ -62,11 +62,21 @@ class Figure:
         """Whether the kernel is as close to the truth as a right one is."""
         return self.largest <= self.limit and self.median <= self.median_limit
 
+    @property
+    def is_gradient(self) -> bool:
+        """Whether the tensor is a gradient."""
+        return self.tensor.startswith("gradient of ")
+
+    @property
+    def share(self) -> float:
+        """How much of what it may be the error is, of the worst and of the median row the worse; NaN is infinite."""
+        return max(_over(self.largest, self.limit), _over(self.median, self.median_limit))
+
     def __str__(self) -> str:
         at = f" in row {list(self.row)}" if self.row else ""
         return (
-            f"{self.tensor}: the kernel's error is {_short(self.largest)} times the original's{at} (at most "
-            f"{_short(self.limit)}), {_short(self.median)} times at the median (at most {_short(self.median_limit)}); "
+            f"{self.tensor}: the kernel's error is {short(self.largest)} times the original's{at} (at most "
+            f"{short(self.limit)}), {short(self.median)} times at the median (at most {short(self.median_limit)}); "
             f"the kernel is off by {_share(self.kernel)} there, the original by {_share(self.original)}"
         )
 
@@ -184,7 +194,7 @@ class Report:
     def failures(self) -> tuple[Failure, ...]:
         """Every fault, with the site, the input and the figures."""
         return tuple(
-            Failure(self.kernel_of(check), check.site, _case(check), check.input, fault)
+            Failure(self.kernel_of(check), check.site, case_of(check), check.input, fault)
             for check in self.checks
             for fault in check.faults
         )
@@ -211,11 +221,11 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The report as dicts, lists, text and numbers; a number that is not finite is text ("inf", "nan")."""
-        found: dict[str, Any] = _plain(dataclasses.asdict(self))
+        found: dict[str, Any] = plain(dataclasses.asdict(self))
         return {
             **found,
             "passed": self.passed,
-            "failures": _plain([dataclasses.asdict(each) for each in self.failures]),
+            "failures": plain([dataclasses.asdict(each) for each in self.failures]),
         }
 
     @classmethod
@@ -229,15 +239,20 @@ class Report:
         names = [field.name for field in dataclasses.fields(cls)]
         return cls(**{**{name: data[name] for name in names}, "kinds": kinds, "checks": checks})
 
+    def summary(self) -> str:
+        """What was found in a line for each kind of site, and the failures; `str()` has every case."""
+        return "\n".join(_summary(self))
+
     def __str__(self) -> str:
         return "\n".join(_page(self))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """As JSON has it: lists for tuples, and text for numbers that are not finite."""
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: plain(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -255,13 +270,17 @@ def _made(cls: Any, data: dict[str, Any]) -> Any:
 # --- the page
 
 
-def _page(report: Report) -> Iterable[str]:
+def _headline(report: Report) -> str:
     verdict = "passed" if report.passed else "FAILED"
     tried = [check for check in report.checks if not check.skipped]
-    yield (
+    return (
         f"Verification of {report.model} on {report.device}: {verdict}, {len(tried)} checks in {report.seconds:.0f} s "
         f"({report.inputs} inputs, seed {report.seed}, {', '.join(f'{k} {v}' for k, v in report.versions.items())})"
     )
+
+
+def _page(report: Report) -> Iterable[str]:
+    yield _headline(report)
     for index, kind in enumerate(report.kinds):
         yield ""
         yield from _kind_lines(kind, [check for check in report.checks if check.kind == index])
@@ -270,18 +289,84 @@ def _page(report: Report) -> Iterable[str]:
         yield ""
         yield "The whole model"
         yield from _table(whole)
+    yield from _failures(report)
+
+
+def _failures(report: Report) -> Iterable[str]:
     wrong = [check for check in report.checks if check.faults]
     if wrong:
         yield ""
         yield f"Failures: {sum(len(check.faults) for check in wrong)}"
         for check in wrong[:_SHOWN]:
             given = f" ({check.input})" if check.input else ""
-            yield f"  {report.kernel_of(check)} at {check.site}, {_case(check)}{given}"
+            yield f"  {report.kernel_of(check)} at {check.site}, {case_of(check)}{given}"
             yield from (f"    {fault}" for fault in check.faults[:_SHOWN_OF_CHECK])
             if len(check.faults) > _SHOWN_OF_CHECK:
                 yield f"    and {len(check.faults) - _SHOWN_OF_CHECK} more"
         if len(wrong) > _SHOWN:
             yield f"  and {len(wrong) - _SHOWN} more inputs: see report.failures"
+
+
+def _summary(report: Report) -> Iterable[str]:
+    """One line for each kind of site, then what failed."""
+    yield _headline(report)
+    yield ""
+    rows: list[tuple[str, ...]] = [_SUMMARY_HEAD]
+    for index, kind in enumerate(report.kinds):
+        checks = [check for check in report.checks if check.kind == index]
+        rows.append((kind.title, str(len(kind.sites)), *_verdict(checks, _alone(kind))))
+    whole = [check for check in report.checks if check.kind < 0]
+    if whole:
+        rows.append((WHOLE_MODEL, "", *_verdict(whole, "")))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+    yield ""
+    yield "  outputs, gradients: the kernel's largest error over the original's, and what a right kernel stays below"
+    yield "  row alone: whether a row alone has the bits that it has in a batch"
+    for kind in report.kinds:
+        said = [] if kind.gradients == "checked" else [f"gradients {kind.gradients}"]
+        yield from (f"  note: {kind.title}: {note}" for note in (*said, *kind.notes))
+    for check in whole:
+        yield from [f"  note: {WHOLE_MODEL}, {check.case}: {note}" for note in (check.note, check.skipped) if note]
+    yield from _failures(report)
+
+
+_SUMMARY_HEAD = ("", "sites", "tried", "outputs", "gradients", "row alone", "verdict")
+
+
+def _verdict(checks: Sequence[Check], alone: str) -> tuple[str, ...]:
+    tried = [check for check in checks if not check.skipped]
+    verdict = "FAILED" if any(check.faults for check in checks) else "passed" if tried else "not tried"
+    worst = [_nearest([f for f in _all(tried) if f.is_gradient is wanted]) for wanted in (False, True)]
+    return str(len(tried)), *worst, alone, verdict
+
+
+def _all(checks: Sequence[Check]) -> list[Figure]:
+    return [figure for check in checks for figure in check.figures]
+
+
+def _nearest(figures: Sequence[Figure]) -> str:
+    """The figure that is nearest to its limit, or farthest past it."""
+    worst = max(figures, key=lambda figure: figure.share, default=None)
+    if worst is None:
+        return "-"
+    in_a_row = _over(worst.largest, worst.limit) >= _over(worst.median, worst.median_limit)
+    quotient, limit = (worst.largest, worst.limit) if in_a_row else (worst.median, worst.median_limit)
+    return f"{short(quotient)} of {short(limit)}"
+
+
+def _over(value: float, limit: float) -> float:
+    if limit > 0 and not math.isnan(value):
+        return value / limit
+    return math.inf if value > 0 or math.isnan(value) else 0.0
+
+
+def _alone(kind: KindReport) -> str:
+    words = {None: "-", True: "same bits", False: "other bits"}
+    theirs = kind.original_batch_invariant
+    also = f" (original: {words[theirs]})" if theirs not in (None, kind.batch_invariant) else ""
+    return f"{words[kind.batch_invariant]}{also}"
 
 
 def _kind_lines(kind: KindReport, checks: Sequence[Check]) -> Iterable[str]:
@@ -305,40 +390,43 @@ def _table(checks: Sequence[Check]) -> Iterable[str]:
     rows: dict[tuple[str, str], list[Check]] = {}
     for check in checks:
         if not check.skipped:
-            rows.setdefault((_case(check), ""), []).append(check)
+            rows.setdefault((case_of(check), ""), []).append(check)
     if rows:
         width = max(len(HEAD), *(len(case) for case, _ in rows))
         yield f"  {HEAD:<{width}}  {'outputs':>15}  {'gradients':>15}   (largest, median)"
         for (case, _), group in rows.items():
-            outputs = [f for check in group for f in check.figures if not f.tensor.startswith("gradient of ")]
-            gradients = [f for check in group for f in check.figures if f.tensor.startswith("gradient of ")]
+            outputs = [f for check in group for f in check.figures if not f.is_gradient]
+            gradients = [f for check in group for f in check.figures if f.is_gradient]
             wrong = sum(not check.passed for check in group)
             said = f"  {'WRONG' if len(group) == 1 else f'WRONG at {wrong} of {len(group)} sites'}" if wrong else ""
             note = "".join(f"  {check.note}" for check in group if check.note)
             yield f"  {case:<{width}}  {_worst(outputs):>15}  {_worst(gradients):>15}{said}{note}"
-    for reason, cases in _skipped(checks).items():
+    for reason, cases in skipped_cases(checks).items():
         yield f"  not tried: {', '.join(cases)}: {reason}"
 
 
-def _skipped(checks: Sequence[Check]) -> dict[str, list[str]]:
+def skipped_cases(checks: Sequence[Check]) -> dict[str, list[str]]:
+    """What was not tried, by the reason."""
     found: dict[str, list[str]] = {}
     for check in checks:
-        if check.skipped and _case(check) not in found.setdefault(check.skipped, []):
-            found[check.skipped].append(_case(check))
+        if check.skipped and case_of(check) not in found.setdefault(check.skipped, []):
+            found[check.skipped].append(case_of(check))
     return found
 
 
-def _case(check: Check) -> str:
+def case_of(check: Check) -> str:
+    """A case as a report names it: with its mode and dtype."""
     return f"{check.case}{', in training' if check.mode == 'train' else ''}{f', {check.dtype}' if check.dtype else ''}"
 
 
 def _worst(figures: Sequence[Figure]) -> str:
     if not figures:
         return "-"
-    return f"{_short(max(f.largest for f in figures))}, {_short(max(f.median for f in figures))}"
+    return f"{short(max(f.largest for f in figures))}, {short(max(f.median for f in figures))}"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
+    """A figure in two digits or so."""
     return (
         f"{number:.2g}"
         if number < 100 or not math.isfinite(number)
