@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(TRANSFORMERS)
 
-.PHONY: demo test lint test-older clean
+.PHONY: demo test lint docs test-older clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -23,6 +23,11 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The site, into docs/_build/html. A warning is an error.
+docs: $(READY)
+	$(BIN)/python -m pip install --quiet --group docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
 # What touches Transformers, on the oldest version that is supported.
 test-older:
@@ -38,4 +43,4 @@ $(VENV)/.ready-%: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-older .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf docs/_build $(VENV) $(VENV)-older .mypy_cache .pytest_cache .ruff_cache .hypothesis
