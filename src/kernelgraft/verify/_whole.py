@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from kernelgraft.graft import Graft
+from kernelgraft.verify._choices import Choices
 from kernelgraft.verify._drawing import Drawing, ModelInputs, cache_name, following, takes
 from kernelgraft.verify._tolerance import MARGIN, distance, rounding
 from kernelgraft.verify._values import direct, spelt
@@ -21,10 +22,7 @@ from kernelgraft.verify.report import WHOLE_MODEL, Check, Figure
 
 NEIGHBOURS = (1, 1, 1, *[MARGIN] * 12)
 """By how many roundings outputs are moved in runs of the originals, made one by one until the kernels are no further
-off than the one that strays furthest, row by row.
-
-Where a router chooses experts, a small move seldom makes it choose another one, and then a row is another one
-altogether. Then it counts what the moves that a right kernel may make would do."""
+off than the one that strays furthest, row by row: at first by one, then by as many as a right kernel may be off."""
 
 NUM_STEPS = 8
 """Tokens of the greedy search, after a prompt of one batch."""
@@ -36,6 +34,11 @@ class _Subject:
     on_originals: Callable[[], AbstractContextManager[None]]
     training: bool
     seed: int
+
+    @property
+    def paths(self) -> list[str]:
+        """The modules that kernels run in."""
+        return [path for installed in self.graft._installed for path in installed.modules]
 
     def kernels(self, run: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         torch.manual_seed(self.seed)
@@ -163,14 +166,27 @@ class _Comparison:
         except Exception as error:
             return replace(self.made, faults=(f"with kernels it raises {type(error).__name__}: {error}",))
         after = self.subject.graft.calls
-        faults = []
-        figures = []
+        faults, figures = self._held(found)
+        note = self.noted(_Ran(found, after.kernel - before.kernel, after.reference - before.reference))
+        if faults:
+            choices = Choices(self.subject.graft.model, self.subject.paths)
+            with choices.recorded():
+                self.subject.originals(self.run)
+            with choices.forced():
+                found = self.subject.kernels(self.run)
+            if choices.are_few:
+                faults, figures = self._held(found)
+                note = f"{note}; {choices}"
+        return replace(self.made, faults=tuple(faults), figures=tuple(figures), note=note)
+
+    def _held(self, found: dict[str, torch.Tensor]) -> tuple[list[str], list[Figure]]:
+        """What is wrong with what a run gave, and the figures."""
+        faults, figures = [], []
         for name, exact in self.expected.items():
             fault, figure = _compared(name, found.get(name), exact, self.noise)
             faults += [fault] if fault else []
             figures += [figure] if figure else []
-        note = self.noted(_Ran(found, after.kernel - before.kernel, after.reference - before.reference))
-        return replace(self.made, faults=tuple(faults), figures=tuple(figures), note=note)
+        return faults, figures
 
     def noted(self, ran: "_Ran") -> str:
         """What a reader should know besides the figures."""
