@@ -182,3 +182,11 @@ def test_every_kind_of_module_that_a_name_stands_for_is_checked(kind):
 
     with pytest.raises(PlanError, match=f"self.weight, which Norm at '{kind}' does not have"):
         kernelgraft.plan(model, KernelConfig({"Norm": toys.kernel(forward)}))
+
+
+def test_a_tuple_that_a_forward_builds_is_no_name():
+    def forward(self, hidden_states):
+        empty = ()
+        return hidden_states * (self.scale, *empty)[0]
+
+    assert read_attributes(toys.kernel(forward).forward_class) == ["scale"]

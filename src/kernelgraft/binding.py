@@ -318,10 +318,10 @@ def _run_refused(
         raise GraftError(f"At {site.host!r}: {why}. {_FALLBACK_HINT}")
     site.refused.add(_thread())
     _count_reference(site)
-    return _run_originals(self, args, kwargs, run_original)
+    return run_originals(self, args, kwargs, run_original)
 
 
-def _run_originals(self: nn.Module, args: Any, kwargs: Any, run_original: Callable[..., Any]) -> Any:
+def run_originals(self: nn.Module, args: Any, kwargs: Any, run_original: Callable[..., Any]) -> Any:
     """The host's original on what its predecessors' originals give.
 
     What flows into the host has passed through its absorbed slots untouched by now, so their originals run here; those
@@ -341,7 +341,7 @@ def _judge_gradient(
 ) -> Any:
     """The kernel's output has no gradient. Whether it should, the originals' output tells."""
     compiling = torch.compiler.is_compiling()
-    expected = _run_originals(self, args, kwargs, run_original)
+    expected = run_originals(self, args, kwargs, run_original)
     if not _has_gradient(expected):
         if not compiling:
             site.has_no_gradient = True

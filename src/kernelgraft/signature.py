@@ -118,10 +118,10 @@ def read_attributes(kernel: type) -> list[str]:
         for step in dis.get_instructions(code):
             if step.opname in ("LOAD_ATTR", "LOAD_METHOD") and loaded == me and step.argval not in code.co_consts:
                 names.append(step.argval)
-            # Newer Pythons load two names in one step; the last of them is what the next step reads from.
-            loaded = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
-            if not step.opname.startswith("LOAD_FAST"):
-                loaded = None
+            loaded = None
+            if step.opname.startswith("LOAD_FAST"):
+                # Newer Pythons load two names in one step; the last of them is what the next step reads from.
+                loaded = step.argval[-1] if isinstance(step.argval, tuple) else step.argval
     return [name for name in dict.fromkeys(names) if not name.startswith("__")]
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernelgraft.binding import ClassKey
+from kernelgraft.binding import ClassKey, run_originals
 from kernelgraft.errors import GraftError
 from kernelgraft.verify._calls import SiteCall
 from kernelgraft.verify._replica import Replica
@@ -286,7 +286,7 @@ class Entered:
             return
 
         def note(frame: FrameType, event: str, _: object) -> None:
-            if event == "call" and frame.f_code in self.codes:
+            if event == "call" and frame.f_code in self.codes and not _is_asked_by_the_graft(frame):
                 self.count += 1
 
         sys.setprofile(note)
@@ -294,6 +294,14 @@ class Entered:
             yield
         finally:
             sys.setprofile(None)
+
+
+def _is_asked_by_the_graft(frame: FrameType) -> bool:
+    """Whether it is no kernel that calls: a graft asks the originals whether an output should have a gradient."""
+    caller = frame.f_back
+    while caller is not None and caller.f_code is not run_originals.__code__:
+        caller = caller.f_back
+    return caller is not None
 
 
 def _code(function: Any) -> CodeType | None:
