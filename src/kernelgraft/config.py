@@ -159,14 +159,18 @@ class KernelConfig:
     def from_file(cls, path: str | os.PathLike[str]) -> KernelConfig:
         """Reads a TOML file; relative paths in it start at the file's folder.
 
+        Where a lock file is beside it (`kernels.toml.lock`, see `kernelgraft lock`), kernels of the Hub are loaded at
+        the commits that it names and with the files that it names, or not at all.
+
         Raises:
             ConfigError: It cannot be read; the message names the file and the number of the table.
             ConfigTypeError: A value in it is of a type that means nothing.
         """
         from kernelgraft.config_file import read
+        from kernelgraft.lock import pinned
 
         pairs, options = read(Path(path))
-        return cls(pairs, **options)
+        return cls(pinned(pairs, Path(path)), **options)
 
     def to_file(self, path: str | os.PathLike[str]) -> None:
         """Writes the config as TOML, which `from_file` reads.

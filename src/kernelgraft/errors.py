@@ -50,6 +50,10 @@ class GraftError(KernelGraftError, RuntimeError):
     """A graft cannot do what was asked in the state that the model is in."""
 
 
+class AuthoringError(KernelGraftError, ValueError):
+    """A kernel repository cannot be made, checked, exported or locked as was asked."""
+
+
 class VerificationError(KernelGraftError, RuntimeError):
     """A grafted model does not answer as the original does, or this cannot be tried.
 

@@ -208,7 +208,7 @@ def _find(source: Source, reference: KernelReference) -> type | Callable[..., An
     found = getattr(layers, name, None)
     if is_kernel_object(found):
         return cast("type | Callable[..., Any]", found)
-    names = _kernels_in(layers)
+    names = kernels_in(layers)
     if found is not None:
         raise KernelError(
             f"Kernel {str(reference)!r}: `layers` of {source.origin!r} has {name!r}, but it is {found!r}, neither a "
@@ -239,7 +239,8 @@ def _no_layers(source: Source, reference: KernelReference) -> KernelError:
     )
 
 
-def _kernels_in(layers: object) -> list[str]:
+def kernels_in(layers: object) -> list[str]:
+    """The names that a repository's `layers` has for kernels."""
     names = []
     for name, value in vars(layers).items() if hasattr(layers, "__dict__") else ():
         public = not name.startswith("_") and not name.endswith("Layout")
@@ -279,7 +280,7 @@ def _check_class(cls: type, reference: str) -> None:
             f"Kernel {reference!r}: class {cls.__name__!r} has no forward; its methods are {_listed(methods)}. "
             f"A kernel is `class {cls.__name__}(nn.Module): def forward(self, ...): ...`."
         )
-    if state := _state_of(cls):
+    if state := state_of(cls):
         raise KernelError(
             f"Kernel {reference!r}: class {cls.__name__!r} carries state: {'; '.join(state)}. A kernel is "
             f"forward-only. Put parameters and attributes into `class {cls.__name__}Layout(nn.Module)` beside it, "
@@ -287,7 +288,7 @@ def _check_class(cls: type, reference: str) -> None:
         )
 
 
-def _state_of(cls: type) -> list[str]:
+def state_of(cls: type) -> list[str]:
     """What a class has beyond functions, annotations and the known flags.
 
     The `kernels` library refuses every member but `forward` and two flags, and says only that there is one. Methods

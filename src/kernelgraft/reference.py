@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -31,6 +31,21 @@ _PATH_START = re.compile(r"[/\\]|\.{1,2}(?:[/\\]|$)|~|[A-Za-z]:[/\\]")
 
 
 @dataclass(frozen=True)
+class Pin:
+    """What a lock file says of a kernel on the Hub: this, and nothing else, may be loaded.
+
+    Attributes:
+        lock: The lock file.
+        commit: The commit; "" if the file does not name the kernel, so that nothing may be loaded.
+        files: Path in the repository and sha256 of each file of its builds.
+    """
+
+    lock: str
+    commit: str = ""
+    files: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
 class KernelReference:
     """Where a kernel is and what it is called there.
 
@@ -41,6 +56,7 @@ class KernelReference:
         version: The kernel's major version; Hub only, 1 if neither this nor a revision was given.
         trust_remote_code: Passed on to the `kernels` library: false, true, or the repositories that are allowed.
         local: True if the text is a path whatever it looks like (`use_local_kernel=True`).
+        pin: What a lock file beside the config says of it; `None` where there is no lock file.
     """
 
     location: str
@@ -49,6 +65,7 @@ class KernelReference:
     version: int | None = None
     trust_remote_code: Trust = False
     local: bool = False
+    pin: Pin | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def parse(cls, text: str, *, local: bool = False, metadata: Mapping[str, object] | None = None) -> KernelReference:

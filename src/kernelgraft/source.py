@@ -24,6 +24,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 
 from kernelgraft.errors import KernelError
+from kernelgraft.pins import check_pinned, trust_of
 from kernelgraft.reference import KernelReference
 
 # Neither the import of a module under a name of its own nor the `kernels` library's is safe in two threads at once.
@@ -107,23 +108,20 @@ def _commit(place: Path) -> str | None:
     return None
 
 
-def _trust(reference: KernelReference) -> bool | list[str]:
-    trust = reference.trust_remote_code
-    return list(trust) if isinstance(trust, tuple) else trust
-
-
 def _from_hub(reference: KernelReference, backend: str | None) -> Source:
-    local = Path(reference.location)
+    local, pin = Path(reference.location), reference.pin
+    if pin is not None:
+        check_pinned(reference, pin, backend)
     hint = f" (A folder of that name is here; to mean it, write './{reference}'.)" if local.is_dir() else ""
     try:
         from kernels import get_kernel
 
         module = get_kernel(
             reference.location,
-            revision=reference.revision,
-            version=reference.version,
+            revision=reference.revision if pin is None else pin.commit,
+            version=reference.version if pin is None else None,
             backend=backend,
-            trust_remote_code=_trust(reference),
+            trust_remote_code=trust_of(reference),
         )
     except Exception as error:
         at = f"revision {reference.revision!r}" if reference.revision is not None else f"version {reference.version}"
@@ -207,7 +205,7 @@ def _from_hub_layout(folder: Path, reference: KernelReference, backend: str | No
     with importing(repr(str(reference)), doing=f"loading the repository {str(folder)!r} with the kernels library"):
         variant = resolve_local_kernel(folder, backend=backend)
         _refuse_taken_id(variant.metadata.id, variant.variant_path, reference)
-        module = get_local_kernel(folder, backend=backend, trust_remote_code=_trust(reference))
+        module = get_local_kernel(folder, backend=backend, trust_remote_code=trust_of(reference))
     return _placed(module, reference)
 
 

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from kernelgraft.cli import bench, info, plan, report, verify
+from kernelgraft.cli import bench, check, export, info, lock, new, plan, report, verify
 from kernelgraft.cli._output import FOUND_A_FAULT, WRONG_USE, complain
 from kernelgraft.errors import KernelGraftError, VerificationError
 
@@ -24,6 +24,10 @@ app.command("plan")(plan.command)
 app.command("verify")(verify.command)
 app.command("bench")(bench.command)
 app.command("report")(report.command)
+app.command("new")(new.command)
+app.command("check")(check.command)
+app.command("export")(export.command)
+app.command("lock")(lock.command)
 app.command("info")(info.command)
 
 
