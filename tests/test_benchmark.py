@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 import kernelgraft
 import toys
@@ -14,6 +15,7 @@ import zoo
 from kernelgraft import Kernel
 from kernelgraft.benchmark import WHOLE_MODEL, Report
 from kernelgraft.benchmark._originals import originals_in, originals_of
+from kernelgraft.benchmark._tasks import ATTENTIONS
 from kernelgraft.errors import GraftError, VerificationError
 
 H, I = toys.H, toys.I  # noqa: E741 - the field's letter
@@ -326,3 +328,14 @@ def test_a_language_model():
     logits = 4 * 64
     weights = sum(each.nbytes for each in (*graft.model.parameters(), *graft.model.buffers()))
     assert whole[WHOLE_MODEL, "decode", 9].bytes == weights + keys_and_values + 8 + logits
+
+
+def test_operations_of_an_attention_whose_key_heads_are_shared():
+    query, key, value = (torch.randn(2, heads, 16, 32, requires_grad=True) for heads in (8, 2, 2))
+    with FlopCounterMode(display=False, custom_mapping=ATTENTIONS) as forward:
+        out = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+    with FlopCounterMode(display=False, custom_mapping=ATTENTIONS) as backward:
+        out.sum().backward()
+    product = 2 * 2 * 8 * 16 * 16 * 32  # scores, or what they weigh
+    assert forward.get_total_flops() == 2 * product
+    assert backward.get_total_flops() == 5 * product

@@ -15,6 +15,7 @@ from kernelgraft import Kernel, report
 from kernelgraft.errors import ReportError
 from kernelgraft.matching import NearMiss
 from kernelgraft.plan import Rejected
+from kernelgraft.report._charts import _step
 
 KERNELS = {
     "Norm": Kernel(toys.FastNorm, toys.FastNormLayout),
@@ -335,3 +336,8 @@ def test_a_file_that_cannot_be_read_or_written_is_named(tmp_path, graft):
         report.read_verification(tmp_path / "missing.json")
     with pytest.raises(ReportError, match="cannot be written"):
         report.write(tmp_path, graft.plan, graft.model)
+
+
+@pytest.mark.parametrize("top", [1.25, 1.5, 1.75, 3, 4, 7.9, 8.5, 12, 41, 250, 1e5])
+def test_every_axis_has_a_few_ticks(top):
+    assert 3 <= int(top / _step(top)) + 1 <= 7

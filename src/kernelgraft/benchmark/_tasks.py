@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from kernelgraft.benchmark._clock import Call
 from kernelgraft.benchmark._originals import original_of, originals_in, originals_of
@@ -63,9 +63,36 @@ class Task:
 
     def counted(self) -> tuple[int, int]:
         """Bytes that are read and written, and operations in products of matrices, both of the original."""
-        with self.original() as call, FlopCounterMode(display=False) as counter:
+        with self.original() as call, FlopCounterMode(display=False, custom_mapping=ATTENTIONS) as counter:
             result = call()
         return self.given + num_bytes(tensor for _, tensor in direct(result, "")), int(counter.get_total_flops())
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    """Operations of an attention whose key heads may be shared, which torch 2.11 does not count."""
+    return _count(sdpa_flop_count, query, _for_all_heads(query, key), _for_all_heads(query, value))
+
+
+def _attention_backward(
+    grad: Sequence[int], query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any
+) -> int:
+    return _count(sdpa_backward_flop_count, grad, query, _for_all_heads(query, key), _for_all_heads(query, value))
+
+
+def _count(count: Callable[..., Any], *shapes: Sequence[int]) -> int:
+    return int(count(*shapes))
+
+
+def _for_all_heads(query: Sequence[int], shared: Sequence[int]) -> tuple[int, ...]:
+    return (shared[0], query[1], *shared[2:])
+
+
+ATTENTIONS: dict[Any, Callable[..., int]] = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}{end}"): count
+    for kind in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    for end, count in (("", _attention), ("_backward", _attention_backward))
+}
+"""How operations of torch's attentions are counted."""
 
 
 def num_bytes(tensors: Iterable[torch.Tensor]) -> int:

@@ -47,7 +47,7 @@ def bars(pairs: Sequence[Pair], note: str) -> Html:
     ends = [bar.high / pair.original.value for pair in pairs for bar in (pair.original, pair.grafted)]
     finite = [end for end in ends if math.isfinite(end)]
     top = max(1.25, math.ceil(max(finite, default=1) * 4) / 4)
-    step = 0.25 if top <= 1.5 else 0.5 if top <= 3 else 10 ** math.ceil(math.log10(top / 5))
+    step = _step(top)
     ticks = [(index * step / top, f"{index * step:g}") for index in range(int(top / step) + 1)]
     rows = [
         tag(
@@ -67,6 +67,14 @@ def bars(pairs: Sequence[Pair], note: str) -> Html:
     ]
     legend = _legend(("original", "original"), ("grafted", "grafted"), note=note)
     return tag("div", legend, *rows, _axis(ticks), class_="chart")
+
+
+def _step(top: float) -> float:
+    """The distance of ticks from 0 to `top`: few enough to be read, and at least two."""
+    if top <= 1.5:
+        return 0.25
+    power: float = 10.0 ** math.floor(math.log10(top / 6))
+    return next(times * power for times in (1, 2, 5, 10) if times * power >= top / 6)
 
 
 def dots(rows: Sequence[Dots]) -> Html:
