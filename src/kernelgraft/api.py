@@ -17,7 +17,7 @@ from kernelgraft.graft import Graft, apply_blueprint, graft_of
 from kernelgraft.plan import Plan
 from kernelgraft.planner import make_blueprint
 from kernelgraft.recording import Arguments, Recording, arguments_of
-from kernelgraft.slot import KEY
+from kernelgraft.slot import KEY, GraftedModule
 from kernelgraft.soundness import Run, example_runner, forward_runner
 
 
@@ -103,8 +103,9 @@ def subject_of(
 
     def arguments(path: str) -> Arguments | None:
         own = model.get_submodule(path)
+        original = vars(own)[KEY].tree() if isinstance(own, GraftedModule) else own
         module = own if skeleton is None else _submodule(skeleton, path)
-        if module is not None and recording is not None and (module is own or _same(module, own)):
+        if module is not None and recording is not None and (module is own or _same(module, original)):
             found = recording.of(module)
             if found is not None:
                 return found

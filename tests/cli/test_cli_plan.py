@@ -45,14 +45,6 @@ def test_what_cannot_be_meant_is_wrong_use(arguments, capfd, monkeypatch):
     assert run(capfd, monkeypatch, *arguments).code == 2
 
 
-@pytest.mark.parametrize("command", ["plan", "info"])
-def test_help_teaches_with_examples(command, capfd, monkeypatch):
-    ran = run(capfd, monkeypatch, command, "--help")
-    assert ran.code == 0
-    assert f"kernelgraft {command}" in ran.out
-    assert "Examples" in ran.out
-
-
 def test_info_is_what_the_api_gives(capfd, monkeypatch):
     assert run(capfd, monkeypatch, "info", "--json").json == environment()
     shown = run(capfd, monkeypatch, "info").out

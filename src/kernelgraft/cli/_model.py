@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kernelgraft.errors import ConfigError
+from kernelgraft.errors import ConfigError, KernelGraftError
 
 if TYPE_CHECKING:
     from kernelgraft.config import KernelConfig
@@ -31,10 +31,20 @@ def read_config(kernels: Path) -> "KernelConfig":
 
 
 def model_class(model: str) -> Any:
-    """The class of Transformers that the config of a model names first among its architectures."""
+    """The class of Transformers that the config of a model names first among its architectures.
+
+    Raises:
+        ConfigError: There is no model of that name.
+    """
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(model)
+    try:
+        config = transformers.AutoConfig.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{model!r} is no model: {str(error).splitlines()[0]} Write a folder with a config.json, or a Hub id such "
+            f"as Qwen/Qwen3-0.6B."
+        ) from error
     for name in config.architectures or ():
         if hasattr(transformers, name):
             return getattr(transformers, name)
@@ -45,19 +55,36 @@ def load_model(model: str, kernels: Path | None, *, device: str, dtype: str, **k
     """A model with kernels in it, in eval mode; without `kernels` the plain one.
 
     Raises:
-        ConfigError: The dtype is none that a model can be loaded in.
+        ConfigError: There is no such model, it has no weights, or the dtype is none that one can be loaded in.
     """
     from kernelgraft.auto import from_pretrained
 
     if dtype not in _DTYPES:
         raise ConfigError(f"--dtype {dtype} is not known. Write one of {', '.join(_DTYPES)}.")
+    _check_device(device)
     config = None if kernels is None else read_config(kernels)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        loaded = from_pretrained(
-            model_class(model), model, kernel_config=config, dtype=dtype, device_map=device, **kwargs
-        )
+        try:
+            loaded = from_pretrained(
+                model_class(model), model, kernel_config=config, dtype=dtype, device_map=device, **kwargs
+            )
+        except OSError as error:
+            if isinstance(error, KernelGraftError):
+                raise
+            raise ConfigError(f"{model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return loaded.eval()
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(
+            f"--device {device} cannot be used: {str(error).splitlines()[0]}. `kernelgraft info` lists what is here."
+        ) from error
 
 
 def skeleton_of(model: str) -> Any:

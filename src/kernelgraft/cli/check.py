@@ -39,6 +39,6 @@ def command(folder: Folder, model: Model = None, kernels: Kernels = None, as_jso
     if as_json:
         print_json(report.to_json())
     else:
-        console().print(str(report), markup=False)
+        console().print(str(report), markup=False, soft_wrap=True)
     if not report.passed:
         raise typer.Exit(FOUND_A_FAULT)

@@ -28,4 +28,4 @@ def command(folder: Folder, as_json: AsJson = False) -> None:
         print_json(done.to_json())
         return
     lines = [f"{done.folder}/{name}: {len(done.digests[name])} files with their digests" for name in done.variants]
-    console().print("\n".join(lines), markup=False)
+    console().print("\n".join(lines), markup=False, soft_wrap=True)

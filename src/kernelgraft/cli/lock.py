@@ -32,4 +32,5 @@ def command(config: Config = Path("kernels.toml"), as_json: AsJson = False) -> N
         f"{each.repository} at {each.revision}: commit {each.commit[:12]}, {len(each.files)} files"
         for each in made.kernels
     ]
-    console().print("\n".join([*lines, f"written to {made.path}"]), markup=False)
+    lines = lines or ["no kernel of the Hub in it: nothing else will be loaded from there"]
+    console().print("\n".join([*lines, f"written to {made.path}"]), markup=False, soft_wrap=True)

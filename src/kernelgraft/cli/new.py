@@ -74,7 +74,7 @@ def command(
     lines += [f"  {file}" for file in made.files if not file.startswith("build/")]
     lines += ["  build/ (what is published)", "", "Next:"]
     lines += [f"  {each}" for each in _next(folder, given)]
-    console().print("\n".join(lines), markup=False)
+    console().print("\n".join(lines), markup=False, soft_wrap=True)
 
 
 def _next(folder: str, model: str) -> list[str]:

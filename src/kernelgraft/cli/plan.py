@@ -22,4 +22,4 @@ def command(model: Model, kernels: Kernels, as_json: AsJson = False) -> None:
     if as_json:
         print_json(found.to_json())
     else:
-        console().print(str(found), markup=False)
+        console().print(str(found), markup=False, soft_wrap=True)

@@ -78,7 +78,7 @@ def command(
     if as_json:
         print_json({"report": str(written), "plan": the_plan.summary(), "passed": passed, "timed": timed is not None})
     else:
-        console().print(f"{written}: {the_plan.summary()}; {_said(passed)}", markup=False)
+        console().print(f"{written}: {the_plan.summary()}; {_said(passed)}", markup=False, soft_wrap=True)
     if passed is False:
         raise typer.Exit(FOUND_A_FAULT)
 

@@ -78,9 +78,9 @@ def bisect(
 ) -> Bisection | None:
     """Turn kernels on and off by halves until the first one is found that breaks the whole model.
 
-    Sites count in the model's order. What is found is the site for which the whole model passes with the kernels of all
-    sites before it and fails with its own too, all later ones running their originals. The model and the graft are as
-    they were afterwards, whatever happens.
+    Sites count in the order in which they run. What is found is the site for which the whole model passes with the
+    kernels of all sites before it and fails with its own too, all later ones running their originals. The model and the
+    graft are as they were afterwards, whatever happens.
 
     Args:
         graft: The graft.
@@ -118,7 +118,7 @@ def bisect(
 class _Search:
     def __init__(self, graft: Graft, model: WholeModel, progress: Progress) -> None:
         self.graft, self.model, self.progress = graft, model, progress
-        order = {path: index for index, (path, _) in enumerate(graft.model.named_modules())}
+        order = model.order_of(each.site.host for each in graft._installed)
         self.sites = sorted(graft._installed, key=lambda each: order[each.site.host])
         self.hosts = [each.site.host for each in self.sites]
         self.steps: list[Step] = []

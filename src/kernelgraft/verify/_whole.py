@@ -5,9 +5,10 @@ own noise: the model on its originals once more, with the output of every site m
 changes the model's outputs by about as much.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -118,6 +119,18 @@ class WholeModel:
             self._comparisons.append(made)
             yield made.check()
 
+    def order_of(self, paths: Iterable[str]) -> dict[str, int]:
+        """Where modules stand in the order in which they run first, on their originals; what does not run is last."""
+        model = self._subject.graft.model
+        modules = {path: model.get_submodule(path) for path in paths}
+        ran: dict[str, int] = {}
+        with ExitStack() as stack:
+            for path, module in modules.items():
+                hook = partial(_note, path, ran)
+                stack.callback(module.register_forward_pre_hook(hook).remove)
+            self._subject.originals(lambda: _outputs(self._plain.run(model)))
+        return {path: ran.get(path, len(modules)) for path in modules}
+
     def _made(self) -> "Iterator[_Comparison]":
         model, plain = self._subject.graft.model, self._plain
         yield _Comparison(self._subject, "outputs", plain, lambda: _outputs(plain.run(model)))
@@ -127,6 +140,10 @@ class WholeModel:
         prompt = self._drawing.inputs() if not self._subject.training and cache_name(model) else None
         if prompt is not None and {"input_ids", "decoder_input_ids"} & prompt.kwargs.keys():
             yield _Decoding(self._subject, prompt)
+
+
+def _note(path: str, ran: dict[str, int], *_: Any) -> None:
+    ran.setdefault(path, len(ran))
 
 
 def _outputs(out: Any) -> dict[str, torch.Tensor]:

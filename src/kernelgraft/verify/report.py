@@ -15,6 +15,7 @@ WHOLE_MODEL = "the whole model"
 
 _SHOWN = 12
 _SHOWN_OF_CHECK = 3
+_SHOWN_IN_SUMMARY = 4
 HEAD = "the kernel's error over the original's"
 
 
@@ -289,22 +290,23 @@ def _page(report: Report) -> Iterable[str]:
         yield ""
         yield "The whole model"
         yield from _table(whole)
-    yield from _failures(report)
+    yield from _failures(report, [check for check in report.checks if check.faults][:_SHOWN], _SHOWN_OF_CHECK)
 
 
-def _failures(report: Report) -> Iterable[str]:
+def _failures(report: Report, shown: Sequence[Check], shown_of_check: int) -> Iterable[str]:
+    """The faults of some checks, and how many others there are."""
     wrong = [check for check in report.checks if check.faults]
     if wrong:
         yield ""
         yield f"Failures: {sum(len(check.faults) for check in wrong)}"
-        for check in wrong[:_SHOWN]:
+        for check in shown:
             given = f" ({check.input})" if check.input else ""
             yield f"  {report.kernel_of(check)} at {check.site}, {case_of(check)}{given}"
-            yield from (f"    {fault}" for fault in check.faults[:_SHOWN_OF_CHECK])
-            if len(check.faults) > _SHOWN_OF_CHECK:
-                yield f"    and {len(check.faults) - _SHOWN_OF_CHECK} more"
-        if len(wrong) > _SHOWN:
-            yield f"  and {len(wrong) - _SHOWN} more inputs: see report.failures"
+            yield from (f"    {fault}" for fault in check.faults[:shown_of_check])
+            if len(check.faults) > shown_of_check:
+                yield f"    and {len(check.faults) - shown_of_check} more"
+        if len(wrong) > len(shown):
+            yield f"  and {len(wrong) - len(shown)} more inputs: see report.failures, or verify --full"
 
 
 def _summary(report: Report) -> Iterable[str]:
@@ -329,7 +331,9 @@ def _summary(report: Report) -> Iterable[str]:
         yield from (f"  note: {kind.title}: {note}" for note in (*said, *kind.notes))
     for check in whole:
         yield from [f"  note: {WHOLE_MODEL}, {check.case}: {note}" for note in (check.note, check.skipped) if note]
-    yield from _failures(report)
+    wrong = [check for check in report.checks if check.faults]
+    each = list({(check.kind, check.site): check for check in reversed(wrong)}.values())[::-1]
+    yield from _failures(report, each[:_SHOWN_IN_SUMMARY], 1)
 
 
 _SUMMARY_HEAD = ("", "sites", "tried", "outputs", "gradients", "row alone", "verdict")
