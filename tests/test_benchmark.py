@@ -339,3 +339,11 @@ def test_operations_of_an_attention_whose_key_heads_are_shared():
     product = 2 * 2 * 8 * 16 * 16 * 32  # scores, or what they weigh
     assert forward.get_total_flops() == 2 * product
     assert backward.get_total_flops() == 5 * product
+
+
+def test_progress_is_told_of_every_row(verified):
+    told = []
+    options = {"tokens": (1,), "repeats": 1, "verified": verified, "progress": lambda *each: told.append(each)}
+    made = kernelgraft.benchmark.benchmark(grafted(), toys.inputs(), **options)
+    assert [done for _, done, _ in told] == list(range(len(made.rows)))
+    assert all(done < total for _, done, total in told)

@@ -45,6 +45,7 @@ def test_right_kernels_pass(qwen3_folder, right, tmp_path, capfd, monkeypatch):
     assert report.passed
     assert report.summary() in ran.out
     assert "RMSNormMLP for Qwen3RMSNorm + Qwen3MLP" in ran.out
+    assert ran.err == ""  # no bar where nobody watches
 
 
 def test_a_fault_is_found_bisected_and_written_out(qwen3_folder, wrong, tmp_path, capfd, monkeypatch):

@@ -16,7 +16,7 @@ from kernelgraft.soundness._inputs import _device
 from kernelgraft.verify import Report as Verified
 from kernelgraft.verify import verify
 from kernelgraft.verify._kinds import kinds_of
-from kernelgraft.verify._verification import _device_name
+from kernelgraft.verify._verification import Progress, _device_name
 from kernelgraft.verify.report import WHOLE_MODEL
 
 __all__ = ["WHOLE_MODEL", "Machine", "Report", "Row", "Timing", "benchmark"]
@@ -31,8 +31,9 @@ def benchmark(
     repeats: int = 20,
     seed: int = 0,
     verified: Verified | None = None,
+    progress: Progress | None = None,
 ) -> Report:
-    """As `Graft.benchmark`."""
+    """As `Graft.benchmark`; `progress` is told what comes next, how much is done, and about how much there is."""
     if not graft._installed:
         gone = "was removed" if not graft.is_applied else "put no kernel into the model"
         raise GraftError(f"The graft {gone}, so there is nothing to time.")
@@ -50,7 +51,7 @@ def benchmark(
         _require_same(graft, verified)
     _require_passed(verified)
     options = Options(tuple(dict.fromkeys(tokens)), whole_model, repeats, seed, look_again=handed_in)
-    return Benchmark(graft, inputs, verified, options).report()
+    return Benchmark(graft, inputs, verified, options, progress).report()
 
 
 def _require_same(graft: Graft, verified: Verified) -> None:

@@ -18,7 +18,7 @@ from kernelgraft.verify._calls import SiteCall, run_towers, watch
 from kernelgraft.verify._drawing import Drawing, ModelInputs, base_inputs, cache_name
 from kernelgraft.verify._kinds import Kind, forwards_of, kinds_of
 from kernelgraft.verify._site import Findings, SiteTrials
-from kernelgraft.verify._verification import _device_name, _versions, undisturbed
+from kernelgraft.verify._verification import Progress, _device_name, _versions, undisturbed
 from kernelgraft.verify.report import WHOLE_MODEL
 
 WARMUP = 3
@@ -46,9 +46,13 @@ class Benchmark:
         inputs: What the activations come from.
         verified: The verification, which has passed.
         options: What is asked for.
+        progress: Is told what comes next, how many rows are done, and about how many there are.
     """
 
-    def __init__(self, graft: Graft, inputs: object, verified: Verified, options: Options) -> None:
+    def __init__(
+        self, graft: Graft, inputs: object, verified: Verified, options: Options, progress: Progress | None = None
+    ) -> None:
+        self._progress, self._done = progress or (lambda *_: None), 0
         self.graft, self.model, self.verified, self.options = graft, graft.model, verified, options
         self.drawing = Drawing(self.model, options.seed)
         self.generator = torch.Generator().manual_seed(options.seed)
@@ -96,6 +100,9 @@ class Benchmark:
 
     def _row(self, title: str, make: Callable[[], Task]) -> Iterator[Row]:
         """The row of a task, or a note of why there is none."""
+        rows = len(self.verified.kinds) * 2 + self.options.whole_model * 3
+        self._progress(title, self._done, max(len(self.options.tokens) * rows, self._done + 1))
+        self._done += 1
         try:
             yield self._measured(make())
         except Exception as error:  # one refusal, or one size that has no room, takes no other row away

@@ -1,6 +1,9 @@
 """The model and the kernels that a command is about, from its arguments."""
 
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -66,14 +69,30 @@ def load_model(model: str, kernels: Path | None, *, device: str, dtype: str, **k
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            loaded = from_pretrained(
-                model_class(model), model, kernel_config=config, dtype=dtype, device_map=device, **kwargs
-            )
+            with _bars_on_a_terminal():
+                loaded = from_pretrained(
+                    model_class(model), model, kernel_config=config, dtype=dtype, device_map=device, **kwargs
+                )
         except OSError as error:
             if isinstance(error, KernelGraftError):
                 raise
             raise ConfigError(f"{model!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     return loaded.eval()
+
+
+@contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    """Inside, libraries show no progress bars where nobody watches."""
+    from transformers.utils import logging
+
+    if sys.stderr.isatty() or not logging.is_progress_bar_enabled():
+        yield
+        return
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _check_device(device: str) -> None:

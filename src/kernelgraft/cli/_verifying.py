@@ -12,6 +12,7 @@ from kernelgraft.errors import ConfigError
 if TYPE_CHECKING:
     import torch
 
+    from kernelgraft.benchmark import Report as Timed
     from kernelgraft.graft import Graft
     from kernelgraft.verify import Report
 
@@ -93,6 +94,14 @@ def verified(graft: "Graft", inputs: Any, **options: Any) -> "Report":
 
     with progressing("verifying") as progress:
         return verify(graft, inputs, progress=progress, **options)
+
+
+def timed(graft: "Graft", inputs: Any, **options: Any) -> "Timed":
+    """Benchmark, with a bar on a terminal."""
+    from kernelgraft.benchmark import benchmark
+
+    with progressing("timing") as progress:
+        return benchmark(graft, inputs, progress=progress, **options)
 
 
 def check_writable(*files: Path | None) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from kernelgraft.cli._model import AsJson, Device, Dtype, Kernels, Model
-from kernelgraft.cli._output import FOUND_A_FAULT, print_json, working
+from kernelgraft.cli._output import FOUND_A_FAULT, print_json
 from kernelgraft.cli._verifying import (
     Inputs,
     NoWholeModel,
@@ -17,6 +17,7 @@ from kernelgraft.cli._verifying import (
     load_graft,
     read_inputs,
     show,
+    timed,
     verified,
 )
 from kernelgraft.errors import ConfigError
@@ -76,10 +77,9 @@ def command(
     known = known or verified(graft, given, whole_model=not no_whole_model, seed=seed)
     if not known.passed:
         _fail(known, as_json)
-    with working("timing"):
-        report = graft.benchmark(
-            given, tokens=grid, whole_model=not no_whole_model, repeats=repeats, seed=seed, verified=known
-        )
+    report = timed(
+        graft, given, tokens=grid, whole_model=not no_whole_model, repeats=repeats, seed=seed, verified=known
+    )
     if save is not None:
         save.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")
     if as_json:

@@ -7,6 +7,8 @@ import typer
 
 from kernelgraft.cli._model import AsJson, Device, Dtype, Kernels, Model, load_model, read_config, skeleton_of
 from kernelgraft.cli._output import FOUND_A_FAULT, console, print_json, working
+from kernelgraft.cli._verifying import timed as timed_with_a_bar
+from kernelgraft.cli._verifying import verified as verified_with_a_bar
 from kernelgraft.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -65,11 +67,9 @@ def command(
         graft = _loaded(model, kernels, device, dtype)
         the_plan = graft.plan
         if runs_verify:
-            with working("verifying"):
-                verified = graft.verify()
+            verified = verified_with_a_bar(graft, None)
         if runs_bench and verified is not None and verified.passed:
-            with working("timing"):
-                timed = graft.benchmark(verified=verified)
+            timed = timed_with_a_bar(graft, None, verified=verified)
     else:
         with working("planning"):
             the_plan = plan(skeleton, read_config(kernels), device=device)
