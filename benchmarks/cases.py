@@ -43,7 +43,7 @@ def _by_threads(*settings: tuple[int, int]) -> dict[str, dict[str, Any]]:
 
 
 _REGISTERED = _by_threads((4, 64), (4, 128), (8, 64), (8, 128))
-_POSITIONED = _by_threads((8, 16), (16, 16))
+_POSITIONED = _by_threads((8, 16), (16, 16), (16, 2), (16, 1))
 _WRITES = {"cached": {"direct": False}, "direct": {"direct": True}}
 _COPIES = {
     "map": {"how": "map", "huge": False},
