@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import nn
 
+from kernelgraft.authoring.copied import files_for
 from kernelgraft.authoring.export import export
-from kernelgraft.authoring.files import files_for
 from kernelgraft.authoring.members import GatedMLP, Member, Norm
 from kernelgraft.authoring.pieces import in_triton
 from kernelgraft.authoring.places import Place, fusion_place, single_place
