@@ -7,7 +7,10 @@ import os
 import select
 import signal
 import sys
+import threading
 import traceback
+
+from tqdm import tqdm
 
 
 def forked(work, *args, kill_after=None):
@@ -19,6 +22,8 @@ def forked(work, *args, kill_after=None):
     pid = os.fork()
     if pid == 0:
         os.close(read)
+        # Progress bars share a lock with this child, which would keep it for ever if it is killed just then.
+        tqdm.set_lock(threading.RLock())
         said = "done"
         try:
             work(*args)
