@@ -1,5 +1,6 @@
 """A verification leaves the model, the process and what the user holds as they were."""
 
+import gc
 import random
 
 import plants
@@ -130,3 +131,25 @@ def test_memory_does_not_grow_with_the_number_of_sites(monkeypatch):
     found = graft.verify(subject.inputs(), whole_model=False)
     assert (found.checks, found.kinds) == (expected.checks, expected.kinds)
     assert len(forwards) == 3
+
+
+def bytes_in_tensors():
+    """Bytes of all storages that a tensor which Python knows of has."""
+    tensors = [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter) and not each.is_meta]
+    storages = [each.untyped_storage() for each in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def test_what_was_tried_is_freed_at_once():
+    """Not when the collector comes: the copies of one layer of a large model are gigabytes."""
+    graft = grafted()
+    graft.verify(subject.inputs())
+    gc.collect()
+    before = bytes_in_tensors()
+    gc.disable()
+    try:
+        graft.verify(subject.inputs())
+        after = bytes_in_tensors()
+    finally:
+        gc.enable()
+    assert after == before

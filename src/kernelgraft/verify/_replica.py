@@ -4,6 +4,7 @@ So a check can cast weights, change them and run whatever it likes, and nothing 
 """
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,7 @@ class Replica:
             for name, is_parameter, reading in _readings(member, path):
                 (self.originals if is_parameter else self.buffers).setdefault(name, reading)
         self._fresh = [(tensor, tensor.clone()) for reading in self.buffers.values() for tensor in reading.tensors]
+        weakref.finalize(self, _let_go, copier.modules).atexit = False
 
     @torch.no_grad()
     def take(self, other: "Replica") -> None:
@@ -102,6 +104,12 @@ class Replica:
                     vars(module)[name] = 0.0
                     found = True
         return found
+
+
+def _let_go(modules: list[nn.Module]) -> None:
+    """Part modules from their slots, which hold them: so their memory is free at once, and not when Python looks."""
+    for module in modules:
+        vars(module).pop(KEY, None)
 
 
 class _Reading:
