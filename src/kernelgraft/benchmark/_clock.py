@@ -94,14 +94,15 @@ class Clock:
         return torch.cuda.max_memory_allocated(self.device) - before
 
     def machine(self, dtype: torch.dtype) -> Machine:
-        """What the device does at most: a large copy, and a large product of matrices in `dtype`."""
+        """What the device does at most: a large copy, and a large product of matrices in `dtype`, either way round."""
         source = torch.zeros(COPIED[self.device.type], dtype=torch.uint8, device=self.device)
         target = torch.empty_like(source)
         copy = self._median(lambda: target.copy_(source))
         dim = MATRIX_DIM[self.device.type]
         # Not zeros: a GPU multiplies those with less power, and so at a higher clock.
         left, right = (torch.randn(dim, dim, device=self.device).to(dtype) for _ in range(2))
-        product = self._median(lambda: left @ right)
+        # As it stands, and transposed as in a linear layer: a CPU may have a fast way for one of them alone.
+        product = min(self._median(lambda: left @ right), self._median(lambda: left @ right.mT))
         return Machine(
             copy_bandwidth=2 * source.nbytes / (copy / 1e3),
             matrix_rate=2 * dim**3 / (product / 1e3),
