@@ -9,6 +9,7 @@ benchmark, errors, graft, verify = (
 project = "kernelgraft"
 html_title = "kernelgraft"
 html_theme = "furo"
+highlight_language = "none"
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_copy_source = False

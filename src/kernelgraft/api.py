@@ -34,7 +34,7 @@ def plan(
         device: Where a model that is on the meta device will be: kernels are chosen for that; the CPU if left out.
 
     Returns:
-        The plan: `print` it, or keep it with `to_json`.
+        The plan, to `print`, or to keep with `to_json`.
 
     Raises:
         KernelGraftError: The config, a kernel or the graft is refused; the message says why and what to write.

@@ -277,7 +277,7 @@ class Graft:
             seed: What is drawn is drawn with it.
 
         Returns:
-            The report: `passed`, `failures`, `raise_for_failures()`, `to_json()`; `print` it. The model is as it was.
+            The report, with `passed`, `failures`, `raise_for_failures()`, `to_json()`; `print` it. The model is as it was.
 
         Raises:
             VerificationError: Inputs are needed, or the model does not run on them.
@@ -318,7 +318,7 @@ class Graft:
             verified: What `verify` found of this graft with these weights, if it need not run again.
 
         Returns:
-            The report: `rows`, `machine`, `notes`, `to_json()`; `print` it. The model is as it was, its gradients,
+            The report, with `rows`, `machine`, `notes`, `to_json()`; `print` it. The model is as it was, its gradients,
             random states and `calls` too; torch's record of peak memory starts anew.
 
         Raises:

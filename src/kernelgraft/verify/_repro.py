@@ -141,7 +141,7 @@ def write_repro(
             again in full.
 
     Returns:
-        The repro as it was read back from the folder: `check()` it to see whether the site shows its fault alone.
+        The repro as it was read back from the folder; `check()` it to see whether the site shows its fault alone.
 
     Raises:
         VerificationError: No site has a fault, or none that a call of the site shows.
