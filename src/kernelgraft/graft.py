@@ -277,7 +277,8 @@ class Graft:
             seed: What is drawn is drawn with it.
 
         Returns:
-            The report, with `passed`, `failures`, `raise_for_failures()`, `to_json()`; `print` it. The model is as it was.
+            The report, with `passed`, `failures`, `raise_for_failures()`, `to_json()`; `print` it. The model is as it
+            was.
 
         Raises:
             VerificationError: Inputs are needed, or the model does not run on them.
