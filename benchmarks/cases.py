@@ -44,6 +44,11 @@ def _by_threads(*settings: tuple[int, int]) -> dict[str, dict[str, Any]]:
 
 _REGISTERED = _by_threads((4, 64), (4, 128), (8, 64), (8, 128))
 _POSITIONED = _by_threads((8, 16), (16, 16), (16, 2), (16, 1))
+_BUFFERED = {
+    "buffered": {"backend": "BUFFERED"},  # whichever of the next two is there
+    "uring": {"backend": "URING_BUFFERED"},
+    "mmap": {"backend": "MMAP"},
+}
 _WRITES = {"cached": {"direct": False}, "direct": {"direct": True}}
 _COPIES = {
     "map": {"how": "map", "huge": False},
@@ -67,8 +72,8 @@ GPU = [
     Case("safetensors", "loaders:safetensors", "8b"),
     Case("runai", "loaders:runai", "8b", package="runai-model-streamer"),
     Case("fastsafetensors", "loaders:fastsafetensors", "8b", package="fastsafetensors"),
-    Case("instanttensor", "loaders:instanttensor", "8b", {"buffered": False}, "instanttensor", cuda=True),
-    Case("instanttensor-buffered", "loaders:instanttensor", "8b", {"buffered": True}, "instanttensor", cuda=True),
+    Case("instanttensor", "loaders:instanttensor", "8b", {"backend": None}, "instanttensor", cuda=True),
+    *_variants("instanttensor", "loaders:instanttensor", "8b", _BUFFERED, package="instanttensor", cuda=True),
     Case("update", "tasks:update", "8b", {"times": 15}),
     Case("save-ours", "tasks:save", "8b", {"who": "ours"}, repeats=3, limit_s=300),
     Case("save-transformers", "tasks:save", "8b", {"who": "transformers"}, repeats=3, limit_s=300),

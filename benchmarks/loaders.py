@@ -124,16 +124,16 @@ def fastsafetensors(run: Run) -> Measurement:
     _check(run, tensors)
 
 
-def instanttensor(run: Run, *, buffered: bool) -> Measurement:
-    """InstantTensor: as it comes, with direct reads, or through the page cache."""
+def instanttensor(run: Run, *, backend: str | None) -> Measurement:
+    """InstantTensor: as it comes, with direct reads, or through the page cache by one of its ways."""
     import torch  # noqa: F401 - before its extension
-    from instanttensor import BackendPolicy, safe_open
+    from instanttensor import Backend, BackendPolicy, safe_open
 
     yield
     tensors = {}
-    backend = BackendPolicy.BUFFERED if buffered else None
+    given = BackendPolicy.BUFFERED if backend == "BUFFERED" else None if backend is None else Backend[backend]
     files = [str(file) for file in run.files]
-    with run.clock(), safe_open(files, framework="pt", device=_device(run), backend=backend) as opened:
+    with run.clock(), safe_open(files, framework="pt", device=_device(run), backend=given) as opened:
         for name, tensor in opened.tensors():
             tensors[name] = tensor
     _check(run, tensors)
