@@ -17,7 +17,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python examples/smollm2.py
-	$(BIN)/python -m pytest -n logical
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -33,7 +33,7 @@ docs: $(READY)
 test-older:
 	$(MAKE) VENV=$(VENV)-older TRANSFORMERS=$(OLDER_TRANSFORMERS) $(VENV)-older/.ready-$(OLDER_TRANSFORMERS)
 	$(VENV)-older/bin/python examples/smollm2.py
-	$(VENV)-older/bin/python -m pytest -n logical -m transformers
+	OMP_NUM_THREADS=1 $(VENV)-older/bin/python -m pytest -n logical -m transformers
 
 $(VENV)/.ready-%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
