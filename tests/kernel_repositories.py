@@ -90,3 +90,16 @@ def refused(place, name="FastNorm", **kwargs):
         load(place, name, **kwargs)
     assert name in str(error.value)
     return str(error.value)
+
+
+def hub_cache(cache, monkeypatch, name, commits):
+    """A cache of the Hub that holds a repository at several branches, each with a factor of its own, and no network."""
+    repository = cache / f"kernels--{name.replace('/', '--')}"
+    for number, (branch, commit) in enumerate(commits.items(), 1):
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / branch).write_text(commit)
+        write_repository(repository / "snapshots" / commit, factor=number)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.delenv("LOCAL_KERNELS", raising=False)
+    return repository

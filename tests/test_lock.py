@@ -8,7 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 
-from kernel_repositories import write_repository
+from kernel_repositories import hub_cache, write_repository
 from kernelgraft import KernelConfig
 from kernelgraft.errors import AuthoringError, ConfigError, KernelError
 from kernelgraft.kernel import load_kernel
@@ -21,16 +21,7 @@ NAME = "owner/locked-norm"
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A cache of the Hub with two versions of a repository and a main branch."""
-    cache = tmp_path / "hub"
-    repository = cache / "kernels--owner--locked-norm"
-    for number, (name, commit) in enumerate(COMMITS.items(), 1):
-        (repository / "refs").mkdir(parents=True, exist_ok=True)
-        (repository / "refs" / name).write_text(commit)
-        write_repository(repository / "snapshots" / commit, factor=number)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.delenv("LOCAL_KERNELS", raising=False)
-    return repository
+    return hub_cache(tmp_path / "hub", monkeypatch, NAME, COMMITS)
 
 
 @pytest.fixture

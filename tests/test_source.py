@@ -11,6 +11,7 @@ import torch
 
 from kernel_repositories import (
     LAYERS,
+    hub_cache,
     ids,
     load,
     refused,
@@ -233,16 +234,7 @@ COMMITS = {"v1": "1" * 40, "v2": "2" * 40, "main": "3" * 40}
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A cache of the Hub that holds versions 1 and 2 of a repository and another main branch."""
-    cache = tmp_path / "hub"
-    repository = cache / "kernels--owner--fast-norm"
-    for number, (name, commit) in enumerate(COMMITS.items(), 1):
-        (repository / "refs").mkdir(parents=True, exist_ok=True)
-        (repository / "refs" / name).write_text(commit)
-        write_repository(repository / "snapshots" / commit, factor=number)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.delenv("LOCAL_KERNELS", raising=False)
-    return repository
+    return hub_cache(tmp_path / "hub", monkeypatch, "owner/fast-norm", COMMITS)
 
 
 def factor(kernel):

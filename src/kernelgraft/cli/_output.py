@@ -29,12 +29,8 @@ def complain(message: str) -> None:
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """Shows, on a terminal, that something that may take more than a second goes on."""
-    shown = Console(stderr=True, highlight=False)
-    if not shown.is_terminal:
-        yield
-        return
-    with shown.status(what):
+    """Shows a bar on a terminal, for what cannot say how much of it is done."""
+    with progressing(what):
         yield
 
 

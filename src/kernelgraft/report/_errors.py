@@ -6,7 +6,8 @@ from collections.abc import Iterable, Sequence
 from kernelgraft.matching import collapse_paths
 from kernelgraft.report._charts import Dots, dots, legend_of_dots
 from kernelgraft.report._html import Html, joined, tag
-from kernelgraft.verify.report import Check, Figure, KindReport, Report, case_of, short, skipped_cases
+from kernelgraft.verify._text import by_case, case_of, short, skipped_cases
+from kernelgraft.verify.report import Check, Figure, KindReport, Report
 
 _SHOWN = 8
 """Sites of a kind that are seen at once, those with the largest errors first."""
@@ -113,10 +114,7 @@ def _site(path: str, checks: Sequence[Check]) -> tuple[float, Dots]:
 
 def _table(checks: Sequence[Check]) -> Html:
     """One row for each input, those of all sites together with the worst figures."""
-    groups: dict[str, list[Check]] = {}
-    for check in checks:
-        if not check.skipped:
-            groups.setdefault(case_of(check), []).append(check)
+    groups = by_case(checks)
     head = tag("tr", *(tag("th", text) for text in ("input", "outputs", "gradients", "found")))
     rows = [_row(case, group) for case, group in groups.items()]
     skipped = [

@@ -13,7 +13,8 @@ import torch
 from kernelgraft.errors import GraftError
 from kernelgraft.graft import Graft
 from kernelgraft.verify._bisect import Bisection, Step, bisect
-from kernelgraft.verify._repro import Repro, check_folder, read_repro, write_repro
+from kernelgraft.verify._repro import Repro, read_repro
+from kernelgraft.verify._repro_writing import check_folder, write_repro
 from kernelgraft.verify._verification import Options, Progress, Verification
 from kernelgraft.verify.report import Check, Failure, Figure, KindReport, Report
 
