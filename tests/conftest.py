@@ -1,7 +1,13 @@
 """Saved checkpoints of tiny models, made once for a run, and the proof that nothing stays behind in Transformers."""
 
+import signal
+
 import pytest
 import torch
+
+# A shell that starts the tests in the background has them ignore Ctrl-C, and several send it to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
