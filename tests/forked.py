@@ -22,8 +22,7 @@ def forked(work, *args, kill_after=None):
     pid = os.fork()
     if pid == 0:
         os.close(read)
-        # Progress bars share a lock with this child, which would keep it for ever if it is killed just then.
-        tqdm.set_lock(threading.RLock())
+        _take_no_lock_along()
         said = "done"
         try:
             work(*args)
@@ -40,6 +39,18 @@ def forked(work, *args, kill_after=None):
         said = pipe.read().decode()
     _, status = os.waitpid(pid, 0)
     return "killed" if os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL else said
+
+
+def _take_no_lock_along():
+    """Progress bars lock across processes: a child that is killed just then would keep their lock for ever.
+
+    Each class of bars has one of its own if it was the first that was used, so all of them get another.
+    """
+    lock = threading.RLock()
+    classes = [tqdm]
+    for cls in classes:
+        cls.set_lock(lock)
+        classes += cls.__subclasses__()
 
 
 def kill_self():
