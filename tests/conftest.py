@@ -1,9 +1,14 @@
 """Saved checkpoints of tiny models, made once for a run, and the proof that nothing stays behind in Transformers."""
 
+import os
 import signal
 
 import pytest
 import torch
+
+# Without a GPU the Triton kernels run in its interpreter, which is asked for before Triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and several send it to themselves.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

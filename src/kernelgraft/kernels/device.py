@@ -1,0 +1,56 @@
+"""Where a kernel runs, and what looks at its call."""
+
+import functools
+from typing import Any
+
+import torch
+
+try:
+    import triton
+
+    INTERPRETED = bool(triton.knobs.runtime.interpret)
+except ImportError:  # a build of torch for CPUs comes without it
+    INTERPRETED = False
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the Triton kernels take. In all of them sums are in float32."""
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def in_triton(x: torch.Tensor) -> bool:
+    """Whether a kernel runs in Triton on this tensor, or else in plain torch."""
+    return x.is_cuda
+
+
+def launches(*tensors: torch.Tensor | None) -> bool:
+    """Whether a call may go to the launcher at once, without an operator of `torch.library`.
+
+    To go by the dispatcher costs the host more time than a launch does. It is needed where somebody watches: autograd,
+    a compiler, a mode (fake tensors, counters), a function transform, or a tensor of another class.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    recording = torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or (recording and tensor.requires_grad)):
+            return False
+    return True
+
+
+@functools.cache
+def num_multiprocessors(device: torch.device) -> int:
+    """How many programs run at the same time, at least; of the interpreter, a few."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+def refusal(*tensors: Any) -> str | None:
+    """Why the Triton kernels do not take these tensors, if they do not."""
+    for tensor in tensors:
+        if isinstance(tensor, torch.Tensor) and tensor.dtype not in DTYPES:
+            return (
+                f"it takes {', '.join(str(dtype).removeprefix('torch.') for dtype in DTYPES)}, and not {tensor.dtype}"
+            )
+    return None

@@ -1,0 +1,1 @@
+from drawn import in_triton  # noqa: F401

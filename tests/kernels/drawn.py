@@ -1,0 +1,47 @@
+"""Shapes, tensors and tolerances that the tests of the kernels draw from."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ROUNDED = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.float16)
+"""Those to which every number is rounded as torch does; Triton's interpreter cuts bfloat16 off."""
+
+few = settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True)
+"""For rules that each take a run of the interpreter."""
+
+
+def tensor(*shape, dtype=torch.float32, seed=0, scale=1.0, offset=0.0):
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale + offset
+    return made.to(DEVICE, dtype)
+
+
+def close(found, exact, dtype, terms=1, size=0.0):
+    """Whether `found` is `exact`, which was computed in float32 or more, up to what rounding to `dtype` explains.
+
+    Args:
+        found: What a kernel gave.
+        exact: The same from a reference in higher precision.
+        dtype: The dtype of the kernel's inputs.
+        terms: How many products are added up into one number.
+        size: How large what is added up is, where the sum may be far smaller.
+    """
+    exact = exact.to(found.device)
+    assert found.shape == exact.shape
+    eps = torch.finfo(dtype).eps
+    # A few roundings of the result, and those of the terms, whose errors add up as the root of their number.
+    bound = (
+        eps * (2 * exact.abs() + 3 * size + exact.abs().mean() + terms**0.5 * exact.pow(2).mean().sqrt() / 4) + 1e-30
+    )
+    error = (found.to(exact.dtype) - exact).abs()
+    assert (error <= bound).all(), f"{(error / bound).max():.2f} times what is allowed"
+
+
+@pytest.fixture
+def in_triton(monkeypatch):
+    """On a CPU too the kernels run in Triton, in its interpreter."""
+    from kernelgraft.kernels import device
+
+    monkeypatch.setattr(device, "in_triton", lambda x: True)
