@@ -43,6 +43,26 @@ class Never(nn.Module):
         return False
 
 
+class Plain(nn.Module):
+    forward = norm
+
+
+class PlainLayout(nn.Module):
+    """Where `supports` leaves the kernel's class to the `kernels` library, which takes no other member there."""
+
+    supports = staticmethod(WideOnly.supports)
+
+    def __init__(self, hidden_size, eps=1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.variance_epsilon = eps
+
+
+def test_it_may_stand_in_the_layout():
+    with pytest.raises(PlanError, match=r"Plain refuses a call like .*size 8 is no multiple of 16"):
+        kernelgraft.graft(tiny.model("qwen3"), KernelConfig({"RMSNorm": Plain}))
+
+
 def test_what_a_kernel_refuses_is_refused_while_planning_with_its_reason():
     model = tiny.model("qwen3")
     with pytest.raises(

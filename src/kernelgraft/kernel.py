@@ -110,8 +110,14 @@ class Kernel:
 
     @property
     def supports(self) -> Callable[..., bool | str] | None:
-        """What it was declared to be asked before a call, `supports(*args, **kwargs)`; else `None`."""
-        return cast("Callable[..., bool | str] | None", getattr(self.forward_class or self.function, "supports", None))
+        """What was declared to be asked before a call, `supports(*args, **kwargs)`; else `None`.
+
+        It stands in the kernel's class, or in its layout's: the `kernels` library takes no kernel that has it.
+        """
+        declared = getattr(self.forward_class or self.function, "supports", None) or getattr(
+            self.layout, "supports", None
+        )
+        return cast("Callable[..., bool | str] | None", declared)
 
     def __str__(self) -> str:
         return self.reference

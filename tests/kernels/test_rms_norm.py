@@ -174,9 +174,9 @@ def test_on_a_cpu_it_is_the_reference(kind):
 
 
 def test_what_it_does_not_take_is_said():
-    assert "rows have up to 32768 numbers, and not 40000" in op.RMSNorm.supports(torch.empty(2, 40000))
-    assert "not torch.float64" in op.OffsetRMSNorm.supports(torch.empty(2, 4, dtype=torch.float64))
-    assert op.RMSNorm.supports(torch.empty(2, 4, dtype=torch.bfloat16)) is True
+    assert "rows have up to 32768 numbers, and not 40000" in op.RMSNormLayout.supports(torch.empty(2, 40000))
+    assert "not torch.float64" in op.OffsetRMSNormLayout.supports(torch.empty(2, 4, dtype=torch.float64))
+    assert op.RMSNormLayout.supports(torch.empty(2, 4, dtype=torch.bfloat16)) is True
 
 
 MODELS = {"llama": ("RMSNorm", 5), "qwen3": ("RMSNorm", 9), "gemma3": ("OffsetRMSNorm", 13)}

@@ -155,7 +155,7 @@ def check_state(cls: type, source: Source) -> Iterator[Finding]:
             f"{cls.__name__} has {', '.join(further)} beside its forward, which the kernels library and Transformers' "
             f"own loader refuse",
             _place(cls),
-            "make helpers functions of the module; keep `supports` if kernelgraft alone is to load the kernel",
+            "make helpers functions of the module; `supports` may stand in the layout",
             "warning",
         )
 

@@ -345,6 +345,11 @@ def add_rms_norm(
 class RMSNormLayout(nn.Module):
     """The weight of `RMSNorm`, made with the arguments of the norm that it replaces."""
 
+    @staticmethod
+    def supports(hidden_states: torch.Tensor) -> bool | str:
+        """Rows of up to 32768 numbers in bfloat16, float16 or float32."""
+        return refusal(hidden_states) or True
+
     def __init__(self, hidden_size: int, eps: float = 1e-6):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(hidden_size))
@@ -359,11 +364,6 @@ class RMSNorm(nn.Module):
     weight: torch.Tensor
     variance_epsilon: float
 
-    @staticmethod
-    def supports(hidden_states: torch.Tensor) -> bool | str:
-        """Rows of up to 32768 numbers in bfloat16, float16 or float32."""
-        return refusal(hidden_states) or True
-
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """(..., H) to (..., H)."""
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -371,6 +371,11 @@ class RMSNorm(nn.Module):
 
 class OffsetRMSNormLayout(nn.Module):
     """The weight of `OffsetRMSNorm`, made with the arguments of the norm that it replaces."""
+
+    @staticmethod
+    def supports(x: torch.Tensor) -> bool | str:
+        """Rows of up to 32768 numbers in bfloat16, float16 or float32."""
+        return refusal(x) or True
 
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
@@ -385,11 +390,6 @@ class OffsetRMSNorm(nn.Module):
     can_torch_compile = True
     weight: torch.Tensor
     eps: float
-
-    @staticmethod
-    def supports(x: torch.Tensor) -> bool | str:
-        """Rows of up to 32768 numbers in bfloat16, float16 or float32."""
-        return refusal(x) or True
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., H) to (..., H)."""
