@@ -151,12 +151,12 @@ def launch(
     """Run the forward kernel.
 
     Returns:
-        y; x + residual, or x itself if there is no residual; and rstd (rows), float32, which is empty unless `saves`.
+        y; x + residual, or x itself if there is no residual; and, if it `saves`, rstd (rows), float32.
     """
     flat, weight = _rows_of(x), weight.contiguous()
     num_rows, num_columns = flat.shape
     y = torch.empty(x.shape, dtype=_output_dtype(x, weight, rounds_first), device=x.device)
-    rstd = torch.empty(num_rows if saves else 0, dtype=torch.float32, device=x.device)
+    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device) if saves else y
     total, added = x, flat
     if residual is not None:
         added = _rows_of(residual)
