@@ -254,7 +254,8 @@ def test_pieces_that_no_slice_gives(see, lazy):
     twins.assert_same_tensors(model.state_dict(), new)
 
 
-def test_a_stream_holds_one_tensor_at_a_time():
+@pytest.mark.parametrize("lazy", [False, True])
+def test_a_stream_holds_one_tensor_at_a_time(lazy):
     _, _, graft = pair("zoo")
     new = zoo.model(1).state_dict()
     alive = []
@@ -262,13 +263,25 @@ def test_a_stream_holds_one_tensor_at_a_time():
     def stream():
         for name, tensor in new.items():
             assert [each() for each in alive if each() is not None] == []
-            made = tensor.clone()
+            made = LazyTensor.of(TensorSource(name, tensor)) if lazy else tensor.clone()
             alive.append(weakref.ref(made))
             yield name, made
             del made
 
     assert graft.update(stream()) == []
     assert len(alive) == len(new)
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_of_a_subclass(kind):
+    _, model, graft = pair(kind)
+    new = twins.untouched(kind, seed=1).state_dict()
+    assert graft.update({name: tensor.as_subclass(Subclass) for name, tensor in new.items()}) == []
+    assert_same_state(model.state_dict(), new)
 
 
 def test_values_that_are_parameters_in_use():

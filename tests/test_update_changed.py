@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import re
 import weakref
 
 import pytest
@@ -80,6 +81,33 @@ def test_memory_that_changes_while_tensors_stream():
     assert graft.update(stream()) == []
     found = model.state_dict()
     twins.assert_same_tensors(found, {name: tensor.to(found[name].dtype) for name, tensor in new.items()})
+
+
+class Given(dict):
+    """A mapping that does something between two of its tensors."""
+
+    def __init__(self, tensors, before, do):
+        super().__init__(tensors)
+        self.before, self.do = before, do
+
+    def items(self):
+        for name, tensor in super().items():
+            if name == self.before:
+                self.do()
+            yield name, tensor
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_module_that_is_replaced_between_two_of_its_tensors(streamed):
+    _, model, graft = pair("zoo")
+    old, other = model.head, nn.Linear(zoo.H, zoo.H)
+    new = {name: torch.ones_like(tensor) for name, tensor in old.state_dict(prefix="head.").items()}
+    kept = old.bias.clone()
+    given = Given(new, "head.bias", lambda: setattr(model, "head", other))
+    graft.update(given.items() if streamed else given)
+    assert old.weight.eq(1).all()
+    assert torch.equal(old.bias, kept)
+    assert other.bias.eq(1).all()
 
 
 def test_memory_that_was_let_go_is_not_held():
@@ -163,14 +191,42 @@ def test_a_packed_parameter_that_is_gone(change):
     assert model.mix.qkv.bias[zoo.H : 2 * zoo.H].eq(1).all()
 
 
-@pytest.mark.parametrize("shape", [(12 * zoo.H, 1), (3 * zoo.H, 1), (zoo.H, 3 * zoo.H), (1,)])
+@pytest.mark.parametrize(
+    "shape", [(12 * zoo.H, 1), (3 * zoo.H, 1), (zoo.H, 3 * zoo.H), (2 * zoo.H - 1, zoo.H), (1,), ()]
+)
 def test_a_packed_parameter_that_was_packed_again(shape):
     twin, model, graft = pair("zoo")
     packed = nn.Parameter(torch.zeros(shape, dtype=torch.uint8), requires_grad=False)
     model.mix.qkv.weight = packed
-    with pytest.raises(GraftError, match=rf"mix\.qkv\.weight.*no longer.*\[{shape[0]}.*torch\.uint8"):
+    with pytest.raises(GraftError, match=rf"mix\.qkv\.weight.*no longer.*{re.escape(str([*shape]))}.*torch\.uint8"):
         graft.update({"mix.k.weight": twin.mix.k.weight})
     assert packed.eq(0).all()
+
+
+def test_a_value_that_fits_only_what_is_left_of_the_rows():
+    _, model, graft = pair("zoo")
+    packed = nn.Parameter(torch.zeros(2 * zoo.H - 1, zoo.H))
+    model.mix.qkv.weight = packed
+    with pytest.raises(GraftError, match=rf"mix\.k\.weight has shape \[{zoo.H}, .*brings \[{zoo.H - 1}, "):
+        graft.update({"mix.k.weight": torch.ones(zoo.H - 1, zoo.H)})
+    assert packed.eq(0).all()
+
+
+class Unindexed(torch.Tensor):
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.__getitem__:
+            raise NotImplementedError("no index")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+def test_packed_parameters_of_a_subclass():
+    _, model, graft = pair("zoo")
+    packed = torch.zeros(3 * zoo.H, zoo.H)
+    model.mix.qkv.weight = nn.Parameter(packed.as_subclass(Unindexed))
+    graft.update({"mix.k.weight": torch.ones(zoo.H, zoo.H)})
+    assert packed.sum() == zoo.H**2
+    assert packed[zoo.H : 2 * zoo.H].eq(1).all()
 
 
 # --- distributed

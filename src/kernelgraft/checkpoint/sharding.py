@@ -7,12 +7,13 @@ from torch import nn
 
 from kernelgraft.errors import CheckpointError
 
-_PLAIN = (torch.Tensor, nn.Parameter)
+PLAIN = (torch.Tensor, nn.Parameter)
+"""The types of an ordinary tensor, which is neither distributed nor lazy nor another subclass."""
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether `tensor` is a `DTensor`."""
-    return type(tensor) not in _PLAIN and hasattr(tensor, "device_mesh")
+    return type(tensor) not in PLAIN and hasattr(tensor, "device_mesh")
 
 
 def local_part(target: Any, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
