@@ -1,0 +1,92 @@
+"""Whole models with every kernel that ships: training goes as it went, and a real model says what it said."""
+
+import pytest
+import torch
+from drawn import DEVICE
+
+import kernelgraft
+import test_smollm2
+import tiny
+from kernelgraft import KernelConfig
+
+pytestmark = pytest.mark.transformers
+
+folder = test_smollm2.folder
+
+
+def reference(name):
+    return f"kernelgraft.kernels:{name}"
+
+
+def configs():
+    yield "norms", {"RMSNorm": reference("RMSNorm")}
+
+
+CONFIGS = dict(configs())
+
+
+def losses(model, seed, steps=200):
+    """Of training on sentences that repeat: each step's, and the last ones far below the first."""
+    generator = torch.Generator().manual_seed(seed)
+    sentences = torch.randint(2, 60, (16, 12), generator=generator).to(DEVICE)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    found = []
+    for _ in range(steps):
+        batch = sentences[torch.randperm(16, generator=generator)[:4].to(DEVICE)]
+        loss = model.train()(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.detach())
+    return torch.stack(found).float().cpu()
+
+
+def model_of(seed):
+    return tiny.model("qwen3", seed).to(DEVICE)
+
+
+@pytest.fixture(scope="module")
+def eager():
+    """By seed, the losses of the model alone, and how far those go apart whose first weights differ by a rounding."""
+    found = {}
+    for seed in range(3):
+        alone = losses(model_of(seed), seed)
+        other = model_of(seed)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.mul_(1 + torch.finfo(parameter.dtype).eps)
+        found[seed] = alone, (losses(other, seed) - alone).abs().mean()
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", CONFIGS)
+def test_200_steps_of_training(name, seed, eager):
+    alone, noise = eager[seed]
+    assert alone[-20:].mean() < 0.7 * alone[:5].mean()
+    model = model_of(seed)
+    with kernelgraft.graft(model, KernelConfig(CONFIGS[name])) as graft:
+        found = losses(model, seed)
+        assert graft.calls.kernel >= 200
+        assert graft.calls.reference == 0
+    assert (found - alone).abs().mean() <= 2 * noise + 1e-6
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_real_model_says_what_it_said(name, folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = [{"role": "user", "content": test_smollm2.QUESTION}]
+    inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    inputs = inputs.to(DEVICE)
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(DEVICE)
+    model = kernelgraft.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_kernels=True, kernel_config=KernelConfig(CONFIGS[name]), device_map=DEVICE
+    )
+    wanted = plain.generate(**inputs, max_new_tokens=16, do_sample=False)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=16, do_sample=False), wanted)
+    assert "Paris" in tokenizer.decode(wanted[0])
+    graft = kernelgraft.graft_of(model)
+    assert graft.calls.kernel >= len(graft.plan.sites)
+    assert graft.calls.reference == 0
