@@ -1,5 +1,7 @@
 """The kernels of this repository: what stands after the colon in `kernelgraft.kernels:RMSNorm`."""
 
+from .gated_mlp import GeGLUMLP, SwiGLUMLP
 from .rms_norm import OffsetRMSNorm, RMSNorm
+from .rms_norm_mlp import RMSNormMLP
 
-__all__ = ["OffsetRMSNorm", "RMSNorm"]
+__all__ = ["GeGLUMLP", "OffsetRMSNorm", "RMSNorm", "RMSNormMLP", "SwiGLUMLP"]

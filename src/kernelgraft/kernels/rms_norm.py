@@ -5,204 +5,14 @@ Llama and 1 in Gemma, which also rounds later: Llama rounds s / sqrt(...) to the
 rounds once, at the end.
 """
 
-import functools
-from dataclasses import dataclass
+import copy
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
 from . import device
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError:
-    triton = None
-
-MAX_COLUMNS = 1 << 15
-"""The longest row: a program holds whole rows in registers."""
-
-
-if triton is not None:
-
-    @triton.jit
-    def _forward_rows(
-        x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
-        num_rows, num_columns, x_stride, residual_stride, eps,
-        OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ADDS: tl.constexpr, SAVES: tl.constexpr,
-        EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    ):  # fmt: skip
-        columns = tl.arange(0, COLUMNS)
-        inside = columns < num_columns
-        scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-        for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-            rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-            there = (rows < num_rows)[:, None]
-            if not EVEN:
-                there = there & inside[None, :]
-            at = rows[:, None] * num_columns + columns[None, :]
-            x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0)
-            x_fp32 = x.to(tl.float32)
-            if ADDS:
-                residual = tl.load(
-                    residual_ptr + rows[:, None] * residual_stride + columns[None, :], mask=there, other=0.0
-                )
-                # The sum is a tensor of the model: the norm is that of what it holds, rounded.
-                x = (x_fp32 + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
-                tl.store(sum_ptr + at, x, mask=there)
-                x_fp32 = x.to(tl.float32)
-            rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=1) / num_columns + eps)
-            if SAVES:
-                tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
-            normalized = x_fp32 * rstd[:, None]
-            if ROUNDS_FIRST:
-                normalized = normalized.to(x.dtype).to(tl.float32)
-            y = normalized * scale[None, :]
-            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=there)
-
-    @triton.jit
-    def _backward_rows(
-        grad_y_ptr, grad_sum_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
-        num_rows, num_columns, grad_y_stride, grad_sum_stride, x_stride,
-        OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ADDS: tl.constexpr,
-        EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    ):  # fmt: skip
-        columns = tl.arange(0, COLUMNS)
-        inside = columns < num_columns
-        scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-        grad_weight = tl.zeros([COLUMNS], tl.float32)
-        for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-            rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-            there = (rows < num_rows)[:, None]
-            if not EVEN:
-                there = there & inside[None, :]
-            x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0)
-            grad_y = tl.load(grad_y_ptr + rows[:, None] * grad_y_stride + columns[None, :], mask=there, other=0.0).to(
-                tl.float32
-            )
-            rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
-            normalized = x.to(tl.float32) * rstd
-            rounded = normalized
-            if ROUNDS_FIRST:
-                rounded = normalized.to(x.dtype).to(tl.float32)
-            grad_weight += tl.sum(grad_y * rounded, axis=0)
-            weighted = grad_y * scale[None, :]
-            mean = tl.sum(weighted * normalized, axis=1) / num_columns
-            grad_x = (weighted - normalized * mean[:, None]) * rstd
-            if ADDS:
-                grad_x += tl.load(
-                    grad_sum_ptr + rows[:, None] * grad_sum_stride + columns[None, :], mask=there, other=0.0
-                ).to(tl.float32)
-            at = rows[:, None] * num_columns + columns[None, :]
-            tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=there)
-        # Each program has a row of its own: sums in a fixed order, so that the same step gives the same bits.
-        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * num_columns + columns, grad_weight, mask=inside)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How a kernel is launched.
-
-    Attributes:
-        rows: Rows that a program has at once.
-        columns: The power of two that holds a row.
-        num_warps: Warps of a program.
-        num_programs: Programs; each goes through its share of the rows.
-    """
-
-    rows: int
-    columns: int
-    num_warps: int
-    num_programs: int
-
-
-@functools.cache
-def settings(num_rows: int, num_columns: int, num_multiprocessors: int, backward: bool) -> Settings:
-    """The launch for so many rows; a pure function of its arguments."""
-    columns = triton.next_power_of_2(max(num_columns, 1))
-    tile = 4096  # elements in a program's registers: 16 for each of 256 threads
-    rows = max(1, min(tile // columns, triton.next_power_of_2(max(num_rows // num_multiprocessors, 1))))
-    num_warps = min(max(rows * columns // 512, 1), 16)
-    wanted = triton.cdiv(num_rows, rows)
-    # Backward each program has a row of sums to write, so there are no more than run at the same time.
-    most = num_multiprocessors * max(1, (8 if backward else 16) // num_warps)
-    return Settings(rows, columns, num_warps, max(1, min(wanted, most)))
-
-
-def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """(rows, H), with any stride between the rows."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
-def _output_dtype(x: torch.Tensor, weight: torch.Tensor, rounds_first: bool) -> torch.dtype:
-    return torch.promote_types(x.dtype, weight.dtype) if rounds_first else x.dtype
-
-
-def launch(
-    x: torch.Tensor,
-    residual: torch.Tensor | None,
-    weight: torch.Tensor,
-    eps: float,
-    offset: float,
-    rounds_first: bool,
-    saves: bool,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run the forward kernel.
-
-    Returns:
-        y; x + residual, or x itself if there is no residual; and, if it `saves`, rstd (rows), float32.
-    """
-    flat, weight = _rows_of(x), weight.contiguous()
-    num_rows, num_columns = flat.shape
-    y = torch.empty(x.shape, dtype=_output_dtype(x, weight, rounds_first), device=x.device)
-    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device) if saves else y
-    total, added = x, flat
-    if residual is not None:
-        added = _rows_of(residual)
-        total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
-    if y.numel():
-        chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), False)
-        _forward_rows[(chosen.num_programs,)](
-            flat, added, weight, y, total, rstd, num_rows, num_columns, flat.stride(0), added.stride(0), eps,
-            OFFSET=offset, ROUNDS_FIRST=rounds_first, ADDS=residual is not None, SAVES=saves,
-            EVEN=chosen.columns == num_columns, ROWS=chosen.rows, COLUMNS=chosen.columns, STAGES=2,
-            num_warps=chosen.num_warps,
-        )  # fmt: skip
-    return y, total, rstd
-
-
-def launch_backward(
-    grad_y: torch.Tensor,
-    grad_sum: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    rstd: torch.Tensor,
-    offset: float,
-    rounds_first: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the backward kernel; `x` is what was normalized, so the sum where there was one.
-
-    Returns:
-        The gradients of `x` and of `weight`.
-    """
-    flat, flat_grad, weight = _rows_of(x), _rows_of(grad_y), weight.contiguous()
-    num_rows, num_columns = flat.shape
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not grad_x.numel():
-        return grad_x, torch.zeros_like(weight)
-    flat_sum = flat_grad if grad_sum is None else _rows_of(grad_sum)
-    chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), True)
-    partial = torch.empty(chosen.num_programs, num_columns, dtype=torch.float32, device=x.device)
-    _backward_rows[(chosen.num_programs,)](
-        flat_grad, flat_sum, flat, weight, rstd, grad_x, partial,
-        num_rows, num_columns, flat_grad.stride(0), flat_sum.stride(0), flat.stride(0),
-        OFFSET=offset, ROUNDS_FIRST=rounds_first, ADDS=grad_sum is not None,
-        EVEN=chosen.columns == num_columns, ROWS=chosen.rows, COLUMNS=chosen.columns, STAGES=1,
-        num_warps=chosen.num_warps,
-    )  # fmt: skip
-    return grad_x, partial.sum(0).to(weight.dtype)
-
+from .rms_norm_kernels import MAX_COLUMNS, launch, launch_backward, output_dtype
 
 # --- operators: what autograd and compilers see. Their names hold that of this module, so that two builds of the
 # repository can be in one process.
@@ -218,7 +28,7 @@ def _norm(
 
 @_norm.register_fake
 def _(x, weight, eps, offset, rounds_first):
-    y = torch.empty(x.shape, dtype=_output_dtype(x, weight, rounds_first), device=x.device)
+    y = torch.empty(x.shape, dtype=output_dtype(x, weight, rounds_first), device=x.device)
     return y, torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
 
 
@@ -231,7 +41,7 @@ def _add_norm(
 
 @_add_norm.register_fake
 def _(x, residual, weight, eps, offset, rounds_first):
-    y = torch.empty(x.shape, dtype=_output_dtype(x, weight, rounds_first), device=x.device)
+    y = torch.empty(x.shape, dtype=output_dtype(x, weight, rounds_first), device=x.device)
     total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     return y, total, torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
 
@@ -340,6 +150,61 @@ def add_rms_norm(
         return launch(x, residual, weight, eps, offset, rounds_first, False)[:2]
     y, total, _ = _add_norm(x, residual, weight, eps, offset, rounds_first)
     return y, total
+
+
+def with_rstd(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float, rounds_first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`rms_norm` in Triton, with what `gradients` wants of it, for who differentiates by himself."""
+    if device.launches(x, weight):
+        y, _, rstd = launch(x, None, weight, eps, offset, rounds_first, True)
+        return y, rstd
+    both: tuple[torch.Tensor, torch.Tensor] = _norm(x, weight, eps, offset, rounds_first)
+    return both
+
+
+def gradients(
+    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, offset: float, rounds_first: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of `x` and of `weight`."""
+    run = launch_backward if device.launches(grad_y, x, weight, rstd) else _norm_backward
+    both: tuple[torch.Tensor, torch.Tensor] = run(grad_y, None, x, weight, rstd, offset, rounds_first)
+    return both
+
+
+class Kind(NamedTuple):
+    """What a model's norm computes; the arguments of `rms_norm` after the weight."""
+
+    eps: float
+    offset: float
+    rounds_first: bool
+
+
+def kind_of(norm: nn.Module) -> Kind | None:
+    """What a norm of a model computes, or `None` if it is no RMS norm with a weight.
+
+    It is told by what it does: its own forward, on eight numbers and a weight of as many, must give what the formula
+    gives, in float32 and, bit for bit, in bfloat16, where it shows at which point it rounds.
+    """
+    eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
+    if not isinstance(eps, float) or getattr(norm, "weight", None) is None:
+        return None
+    small = copy.copy(norm)
+    x = torch.tensor([[0.3, -1.7, 2.9, 0.011, -0.5, 1.3, -3.1, 0.77]], device="cpu")
+    weight = torch.tensor([0.6, 1.4, 0.9, 1.1, 0.73, 1.27, 0.52, 1.03], device="cpu")
+    for offset in (0.0, 1.0):
+        for rounds_first in (True, False):
+            wanted, found = [], []
+            for dtype in (torch.float32, torch.bfloat16):
+                small._parameters = {"weight": nn.Parameter(weight.to(dtype), requires_grad=False)}
+                try:
+                    found.append(small.forward(x.to(dtype)))
+                except Exception:  # of another call
+                    return None
+                wanted.append(reference(x.to(dtype), weight.to(dtype), eps, offset, rounds_first))
+            if torch.allclose(found[0], wanted[0], rtol=1e-6, atol=1e-7) and torch.equal(found[1], wanted[1]):
+                return Kind(eps, offset, rounds_first)
+    return None
 
 
 class RMSNormLayout(nn.Module):

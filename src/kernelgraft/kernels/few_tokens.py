@@ -1,0 +1,350 @@
+"""Products for few tokens, at the speed at which weights come from memory.
+
+y = e(n(x) @ weight^T + bias) + residual, n an RMS norm or nothing, e a gated activation or nothing. Each program has
+some rows of the weight to itself and reads them once, with several loads on their way; what a norm needs of x it
+computes itself, since x stays in the cache. What the original rounds between two modules is rounded here too.
+
+Shapes: x (..., K), weight (N, K), or (2 N, K) with the gate's rows first; bias as the rows of weight; residual and
+y (..., N); M tokens, all dimensions of x but the last.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from . import activation, device, rms_norm, rms_norm_kernels
+
+try:
+    import triton
+    import triton.language as tl
+
+    from .activation import activated
+except ImportError:
+    triton = None
+
+MAX_TOKENS = 64
+"""Up to so many tokens; with more, the library's products are bound by arithmetic. To be measured."""
+
+NORMED_TOKENS = 4
+"""Up to so many tokens each program normalizes for itself: it then reads all of x twice. To be measured."""
+
+
+class Norm(NamedTuple):
+    """An RMS norm in front of a product; see `rms_norm`."""
+
+    weight: torch.Tensor
+    eps: float
+    offset: float = 0.0
+    rounds_first: bool = True
+
+
+if triton is not None:
+
+    @triton.jit
+    def _normalized(x, scale, rstd, OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr):
+        """In the dtype of x, as the norm's own kernel gives it."""
+        y = x.to(tl.float32) * rstd
+        if ROUNDS_FIRST:
+            y = y.to(x.dtype).to(tl.float32)
+        return (y * (scale.to(tl.float32) + OFFSET)).to(x.dtype)
+
+    @triton.jit
+    def _finished(sums, gates, at, columns, inside, there, bias_ptr, residual_ptr, y_ptr, num_columns,
+                  ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr):  # fmt: skip
+        """Bias, activation and residual; `at` and `there` are of the block of y, `columns` and `inside` of its columns.
+
+        Each is rounded to the dtype, in which the original has it in memory.
+        """
+        dtype = y_ptr.dtype.element_ty
+        if ACTIVATION != "":
+            if BIAS:
+                gates += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+                sums += tl.load(bias_ptr + num_columns + columns, mask=inside, other=0.0).to(tl.float32)
+            acted = activated(gates.to(dtype).to(tl.float32), ACTIVATION).to(dtype)
+            y = acted.to(tl.float32) * sums.to(dtype).to(tl.float32)
+        else:
+            if BIAS:
+                sums += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            y = sums
+        if ADDS:
+            y = y.to(dtype).to(tl.float32) + tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, y.to(dtype), mask=there)
+
+    @triton.jit
+    def _one_token(
+        x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, num_columns, length, weight_stride, eps,
+        OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+        BIAS: tl.constexpr, ADDS: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr, LENGTH: tl.constexpr,
+        WHOLE: tl.constexpr, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = columns < num_columns
+        rstd = 0.0
+        if NORM:
+            every = tl.arange(0, WHOLE)
+            x_fp32 = tl.load(x_ptr + every, mask=every < length, other=0.0).to(tl.float32)
+            rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=0) / length + eps)
+        sums = tl.zeros([COLUMNS, LENGTH], tl.float32)
+        gates = tl.zeros([COLUMNS, LENGTH], tl.float32)
+        rows = columns.to(tl.int64)[:, None] * weight_stride
+        for start in tl.range(0, length, LENGTH, num_stages=STAGES):
+            at = start + tl.arange(0, LENGTH)
+            there = inside[:, None]
+            if not EVEN:
+                there = there & (at < length)[None, :]
+            x = tl.load(x_ptr + at, mask=at < length, other=0.0)
+            weight = tl.load(weight_ptr + rows + at[None, :], mask=there, other=0.0)
+            if NORM:
+                x = _normalized(x, tl.load(scale_ptr + at, mask=at < length, other=0.0), rstd, OFFSET, ROUNDS_FIRST)
+            x_fp32 = x.to(tl.float32)[None, :]
+            if ACTIVATION != "":
+                gates += weight.to(tl.float32) * x_fp32
+                up_rows = rows + num_columns.to(tl.int64) * weight_stride
+                weight = tl.load(weight_ptr + up_rows + at[None, :], mask=there, other=0.0)
+            sums += weight.to(tl.float32) * x_fp32
+        _finished(
+            tl.sum(sums, axis=1), tl.sum(gates, axis=1), columns, columns, inside, inside,
+            bias_ptr, residual_ptr, y_ptr, num_columns, ACTIVATION, BIAS, ADDS,
+        )  # fmt: skip
+
+    @triton.jit
+    def _some_tokens(
+        x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr,
+        num_tokens, num_columns, length, x_stride, weight_stride, eps,
+        OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+        BIAS: tl.constexpr, ADDS: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+        LENGTH: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    ):  # fmt: skip
+        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = columns < num_columns
+        tokens = tl.arange(0, TOKENS)
+        known = tokens < num_tokens
+        x_rows = tokens.to(tl.int64)[:, None] * x_stride
+        rstd = tl.zeros([TOKENS], tl.float32)
+        if NORM:
+            for start in range(0, length, LENGTH):
+                at = start + tl.arange(0, LENGTH)
+                there = known[:, None] & (at < length)[None, :]
+                x_fp32 = tl.load(x_ptr + x_rows + at[None, :], mask=there, other=0.0).to(tl.float32)
+                rstd += tl.sum(x_fp32 * x_fp32, axis=1)
+            rstd = tl.rsqrt(rstd / length + eps)
+        sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
+        gates = tl.zeros([TOKENS, COLUMNS], tl.float32)
+        rows = columns.to(tl.int64)[None, :] * weight_stride
+        for start in tl.range(0, length, LENGTH, num_stages=STAGES):
+            at = start + tl.arange(0, LENGTH)
+            x_there, there = known[:, None], inside[None, :]
+            if not EVEN:
+                x_there, there = x_there & (at < length)[None, :], there & (at < length)[:, None]
+            x = tl.load(x_ptr + x_rows + at[None, :], mask=x_there, other=0.0)
+            weight = tl.load(weight_ptr + rows + at[:, None], mask=there, other=0.0)
+            if NORM:
+                scale = tl.load(scale_ptr + at, mask=at < length, other=0.0)[None, :]
+                x = _normalized(x, scale, rstd[:, None], OFFSET, ROUNDS_FIRST)
+            if UPCAST:  # the interpreter's products of bfloat16 are wrong
+                x, weight = x.to(tl.float32), weight.to(tl.float32)
+            if ACTIVATION != "":
+                gates = tl.dot(x, weight, gates, input_precision="ieee")
+                up_rows = rows + num_columns.to(tl.int64) * weight_stride
+                weight = tl.load(weight_ptr + up_rows + at[:, None], mask=there, other=0.0)
+                if UPCAST:
+                    weight = weight.to(tl.float32)
+            sums = tl.dot(x, weight, sums, input_precision="ieee")
+        _finished(
+            sums, gates, tokens.to(tl.int64)[:, None] * num_columns + columns[None, :], columns[None, :],
+            inside[None, :], known[:, None] & inside[None, :],
+            bias_ptr, residual_ptr, y_ptr, num_columns, ACTIVATION, BIAS, ADDS,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a kernel is launched.
+
+    Attributes:
+        tokens: The power of two that holds the tokens; 1 for the kernel of one token.
+        columns: Columns of y of one program, so rows of the weight.
+        length: Numbers of each row that it has at once.
+        num_warps: Its warps.
+        num_stages: Blocks of the weight that are on their way.
+    """
+
+    tokens: int
+    columns: int
+    length: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def settings(
+    num_tokens: int, num_columns: int, length: int, itemsize: int, gated: bool, num_multiprocessors: int
+) -> Settings:
+    """The launch for so many tokens; a pure function of its arguments. All of it is to be measured.
+
+    A program has few rows of the weight, so that there are at least two programs for each multiprocessor, and long
+    runs of each row.
+    """
+    wanted = 2 * num_multiprocessors
+    if num_tokens == 1:
+        columns = 8
+        while columns > 1 and triton.cdiv(num_columns, columns) < wanted:
+            columns //= 2
+        run = min(triton.next_power_of_2(length), 2048 // itemsize)
+        return Settings(1, columns, run, 4, 4)
+    tokens = max(16, triton.next_power_of_2(num_tokens))
+    columns = 64
+    while columns > 16 and triton.cdiv(num_columns, columns) < wanted:
+        columns //= 2
+    # 16 to 32 KB of weight in a stage, half of it for the gate where there is one.
+    run = min(max(triton.next_power_of_2(length), 16), 512 // itemsize, 128 if tokens > 32 or gated else 256)
+    return Settings(tokens, columns, run, 4, 3 if gated else 4)
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: Norm | None,
+    act: str,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run the kernel of one token or of some. See `product`; `act` is "" for none."""
+    rows = x.reshape(-1, x.shape[-1])
+    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    num_tokens, length = rows.shape
+    num_columns = weight.shape[0] // 2 if act else weight.shape[0]
+    if norm is not None and num_tokens > NORMED_TOKENS:
+        rows = rms_norm_kernels.launch(rows, None, norm.weight, norm.eps, norm.offset, norm.rounds_first, False)[0]
+        norm = None
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    y = torch.empty(*x.shape[:-1], num_columns, dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    chosen = settings(
+        num_tokens, num_columns, length, x.element_size(), bool(act), device.num_multiprocessors(x.device)
+    )
+    pointers = (
+        rows,
+        weight,
+        weight if bias is None else bias,
+        rows if norm is None else norm.weight,
+        y if residual is None else residual.contiguous(),
+        y,
+    )
+    eps, offset, rounds_first = (0.0, 0.0, True) if norm is None else norm[1:]
+    what = (offset, rounds_first, norm is not None, act, bias is not None, residual is not None)
+    even = length % chosen.length == 0
+    grid = (triton.cdiv(num_columns, chosen.columns),)
+    if num_tokens == 1:
+        whole = triton.next_power_of_2(max(length, 1))
+        _one_token[grid](
+            *pointers, num_columns, length, weight.stride(0), eps, *what, even, chosen.columns, chosen.length,
+            whole, chosen.num_stages, num_warps=chosen.num_warps,
+        )  # fmt: skip
+    else:
+        _some_tokens[grid](
+            *pointers, num_tokens, num_columns, length, rows.stride(0), weight.stride(0), eps, *what, even,
+            chosen.tokens, chosen.columns, chosen.length, chosen.num_stages, device.INTERPRETED,
+            num_warps=chosen.num_warps,
+        )  # fmt: skip
+    return y
+
+
+# --- the operator: what compilers see. It has no gradient; `product` uses it where none is recorded.
+
+
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::product", mutates_args=())
+def _product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    rounds_first: bool,
+    act: str,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    norm = None if scale is None else Norm(scale, eps, offset, rounds_first)
+    return launch(x, weight, bias, norm, act, residual)
+
+
+@_product.register_fake
+def _(x, weight, bias, scale, eps, offset, rounds_first, act, residual):
+    return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if act else weight.shape[0])
+
+
+# --- what models and other kernels call
+
+
+def reference(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    act: str = "",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`product` in plain torch."""
+    x = x if norm is None else rms_norm.reference(x, *norm)
+    y = torch.nn.functional.linear(x, weight, bias)
+    y = activation.reference(y, act) if act else y
+    return y if residual is None else residual + y
+
+
+def takes(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
+) -> bool:
+    """Whether the kernels are for this product: few tokens, one dtype, no gradient, and no autocast."""
+    tensors = [each for each in (x, weight, bias, residual, norm and norm.weight) if each is not None]
+    return (
+        device.in_triton(x)
+        and 0 < x.shape[:-1].numel() <= MAX_TOKENS
+        and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
+        and x.dtype in device.DTYPES
+        and all(each.dtype == x.dtype for each in tensors)
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def product(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    act: str = "",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """act(norm(x) @ weight^T + bias) + residual, for any number of tokens.
+
+    Args:
+        x: (..., K).
+        weight: (N, K); with an activation (2 N, K), the gate's rows first.
+        bias: As many as `weight` has rows.
+        norm: An RMS norm of `x`.
+        act: One of `activation.ACTIVATIONS`, or "".
+        residual: (..., N).
+
+    Returns:
+        (..., N) in the dtype of `x`.
+    """
+    if not device.in_triton(x):
+        return reference(x, weight, bias, norm, act, residual)
+    if takes(x, weight, bias, norm, residual):
+        scale = None if norm is None else norm.weight
+        if device.launches(x, weight, bias, scale, residual):
+            return launch(x, weight, bias, norm, act, residual)
+        eps, offset, rounds_first = (0.0, 0.0, True) if norm is None else norm[1:]
+        y: torch.Tensor = _product(x, weight, bias, scale, eps, offset, rounds_first, act, residual)
+        return y
+    x = x if norm is None else rms_norm.rms_norm(x, *norm)
+    y = torch.nn.functional.linear(x, weight, bias)
+    y = activation.gated_activation(y, act) if act else y
+    return y if residual is None else residual + y

@@ -1,0 +1,207 @@
+"""The gated MLP of language models, with an RMS norm in front or without: y = down(act(gate(h)) * up(h)), h = n(x).
+
+gate and up are one product, whose result one kernel activates. For few tokens the activation is part of that product,
+and the norm too. In training the norm and the activation are computed a second time, so that of all that lies between
+x and y only gate and up wait for the backward. Shapes: x and y (..., H), gate_up (2 I, H), the gate's rows first, down
+(H, I), a norm's weight (H).
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from . import activation, device, rms_norm
+from .few_tokens import Norm, product, reference, takes
+
+
+class _Recomputing(torch.autograd.Function):
+    """What `gated_mlp` computes, and a backward that keeps x, and gate and up."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        scale: torch.Tensor | None,
+        gate_up: torch.Tensor,
+        gate_up_bias: torch.Tensor | None,
+        down: torch.Tensor,
+        down_bias: torch.Tensor | None,
+        kind: tuple[float, float, bool],
+        act: str,
+    ) -> torch.Tensor:
+        h = x if scale is None else rms_norm.rms_norm(x, scale, *kind)
+        both = F.linear(h, gate_up, gate_up_bias)
+        ctx.kind, ctx.act = kind, act
+        ctx.save_for_backward(x, scale, gate_up, down, both)
+        return F.linear(activation.gated_activation(both, act), down, down_bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        x, scale, gate_up, down, both = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_down = grad_down_bias = grad_gate_up = grad_gate_up_bias = grad_x = grad_scale = None
+        if needs[4]:
+            grad_down = rows.t() @ _rows(activation.gated_activation(both, ctx.act))
+        if needs[5]:
+            grad_down_bias = rows.sum(0)
+        if not any(needs[:4]):
+            return None, None, None, None, grad_down, grad_down_bias, None, None
+        grad_both = activation.gradient((rows @ down).view(*both.shape[:-1], down.shape[1]), both, ctx.act)
+        if scale is None:
+            h, rstd = x, None
+        else:
+            h, rstd = rms_norm.with_rstd(x, scale, *ctx.kind)
+        if needs[2]:
+            grad_gate_up = _rows(grad_both).t() @ _rows(h)
+        if needs[3]:
+            grad_gate_up_bias = _rows(grad_both).sum(0)
+        if needs[0] or needs[1]:
+            grad_h = grad_both @ gate_up
+            if rstd is None:
+                grad_x = grad_h
+            else:
+                grad_x, grad_scale = rms_norm.gradients(grad_h, x, scale, rstd, *ctx.kind[1:])
+        return grad_x, grad_scale, grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias, None, None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def gated_mlp(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    act: str,
+    gate_up_bias: torch.Tensor | None = None,
+    down_bias: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """down(act(gate(n(x))) * up(n(x))) + residual.
+
+    Args:
+        x: (..., H).
+        gate_up: (2 I, H), the gate's rows first.
+        down: (H, I).
+        act: One of `activation.ACTIVATIONS`.
+        gate_up_bias: (2 I).
+        down_bias: (H).
+        norm: An RMS norm of `x`.
+        residual: (..., H).
+
+    Returns:
+        (..., H) in the dtype of `x`.
+    """
+    if not device.in_triton(x):
+        return reference(reference(x, gate_up, gate_up_bias, norm, act), down, down_bias, None, "", residual)
+    tensors = [each for each in (x, gate_up, gate_up_bias, down, down_bias, norm and norm.weight) if each is not None]
+    trains = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
+    alike = all(each.dtype == x.dtype for each in tensors) and not torch.is_autocast_enabled(x.device.type)
+    if trains and alike and not takes(x, gate_up):
+        scale, kind = (None, (0.0, 0.0, True)) if norm is None else (norm.weight, tuple(norm[1:]))
+        y: torch.Tensor = _Recomputing.apply(x, scale, gate_up, gate_up_bias, down, down_bias, kind, act)
+        return y if residual is None else residual + y
+    return product(product(x, gate_up, gate_up_bias, norm, act), down, down_bias, None, "", residual)
+
+
+def merged(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """A layer that holds the rows of both; on meta, as layouts are made."""
+    return linear(first, first.out_features + second.out_features)
+
+
+def linear(like: nn.Linear, out_features: int) -> nn.Linear:
+    """A layer like another, of so many rows."""
+    weight = like.weight
+    return nn.Linear(
+        like.in_features, out_features, bias=like.bias is not None, device=weight.device, dtype=weight.dtype
+    )
+
+
+def activation_of(mlp: Any, wanted: tuple[str, ...]) -> str:
+    """The name of an MLP's activation.
+
+    Raises:
+        ValueError: It is none of the wanted ones.
+    """
+    act_fn = getattr(mlp, "act_fn", None)
+    name = activation.name_of(act_fn)
+    if name not in wanted:
+        said = f"its act_fn is {act_fn!r}" + (f", which is {name}" if name else "")
+        raise ValueError(f"the MLP's activation has to be {' or '.join(wanted)}, and {said}")
+    return name
+
+
+class _Merged(nn.Module):
+    """gate and up of an MLP in one parameter, and down."""
+
+    packing: ClassVar[dict[str, Any]] = {
+        "gate_up_proj.weight": ["gate_proj.weight", "up_proj.weight"],
+        "gate_up_proj.bias": ["gate_proj.bias", "up_proj.bias"],
+    }
+    activations: tuple[str, ...] = ()
+    activation: str
+
+    @classmethod
+    def from_module(cls, mlp: Any) -> "_Merged":
+        """For an MLP with `gate_proj`, `up_proj`, `down_proj` and `act_fn`, with or without biases.
+
+        Raises:
+            ValueError: It has another activation than this layout is for.
+        """
+        layout = cls()
+        layout.activation = activation_of(mlp, cls.activations)
+        layout.gate_up_proj = merged(mlp.gate_proj, mlp.up_proj)
+        layout.down_proj = linear(mlp.down_proj, mlp.down_proj.out_features)
+        return layout
+
+
+class SwiGLUMLPLayout(_Merged):
+    """The parameters of `SwiGLUMLP`."""
+
+    activations = ("silu",)
+
+
+class GeGLUMLPLayout(_Merged):
+    """The parameters of `GeGLUMLP`."""
+
+    activations = ("gelu", "gelu_tanh")
+
+
+class SwiGLUMLP(nn.Module):
+    """The MLP of Llama, Mistral and Qwen: down(silu(gate(x)) * up(x))."""
+
+    has_backward = True
+    can_torch_compile = True
+    gate_up_proj: nn.Linear
+    down_proj: nn.Linear
+    activation: str
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., H) to (..., H)."""
+        return run(self, x)
+
+
+class GeGLUMLP(nn.Module):
+    """The MLP of Gemma: down(gelu(gate(x)) * up(x)), with either form of gelu, as the original has it."""
+
+    has_backward = True
+    can_torch_compile = True
+    gate_up_proj: nn.Linear
+    down_proj: nn.Linear
+    activation: str
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., H) to (..., H)."""
+        return run(self, x)
+
+
+def run(layout: Any, x: torch.Tensor, norm: Norm | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
+    """`gated_mlp` with what a layout holds."""
+    up, down = layout.gate_up_proj, layout.down_proj
+    return gated_mlp(x, up.weight, down.weight, layout.activation, up.bias, down.bias, norm, residual)

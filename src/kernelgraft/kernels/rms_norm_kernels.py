@@ -1,0 +1,202 @@
+"""The device kernels of RMS norm, and how they are launched: see `rms_norm`.
+
+Shapes: x, residual, s and y (..., H), weight (H), rstd (rows). Rows are all dimensions but the last.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from . import device
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+MAX_COLUMNS = 1 << 15
+"""The longest row: a program holds whole rows in registers."""
+
+
+if triton is not None:
+
+    @triton.jit
+    def _forward_rows(
+        x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
+        num_rows, num_columns, x_stride, residual_stride, eps,
+        OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ADDS: tl.constexpr, SAVES: tl.constexpr,
+        EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        columns = tl.arange(0, COLUMNS)
+        inside = columns < num_columns
+        scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+        for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+            rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+            there = (rows < num_rows)[:, None]
+            if not EVEN:
+                there = there & inside[None, :]
+            at = rows[:, None] * num_columns + columns[None, :]
+            x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0)
+            x_fp32 = x.to(tl.float32)
+            if ADDS:
+                residual = tl.load(
+                    residual_ptr + rows[:, None] * residual_stride + columns[None, :], mask=there, other=0.0
+                )
+                # The sum is a tensor of the model: the norm is that of what it holds, rounded.
+                x = (x_fp32 + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+                tl.store(sum_ptr + at, x, mask=there)
+                x_fp32 = x.to(tl.float32)
+            rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=1) / num_columns + eps)
+            if SAVES:
+                tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+            normalized = x_fp32 * rstd[:, None]
+            if ROUNDS_FIRST:
+                normalized = normalized.to(x.dtype).to(tl.float32)
+            y = normalized * scale[None, :]
+            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=there)
+
+    @triton.jit
+    def _backward_rows(
+        grad_y_ptr, grad_sum_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
+        num_rows, num_columns, grad_y_stride, grad_sum_stride, x_stride,
+        OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ADDS: tl.constexpr,
+        EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    ):  # fmt: skip
+        columns = tl.arange(0, COLUMNS)
+        inside = columns < num_columns
+        scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+        grad_weight = tl.zeros([COLUMNS], tl.float32)
+        for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+            rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+            there = (rows < num_rows)[:, None]
+            if not EVEN:
+                there = there & inside[None, :]
+            x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0)
+            grad_y = tl.load(grad_y_ptr + rows[:, None] * grad_y_stride + columns[None, :], mask=there, other=0.0).to(
+                tl.float32
+            )
+            rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
+            normalized = x.to(tl.float32) * rstd
+            rounded = normalized
+            if ROUNDS_FIRST:
+                rounded = normalized.to(x.dtype).to(tl.float32)
+            grad_weight += tl.sum(grad_y * rounded, axis=0)
+            weighted = grad_y * scale[None, :]
+            mean = tl.sum(weighted * normalized, axis=1) / num_columns
+            grad_x = (weighted - normalized * mean[:, None]) * rstd
+            if ADDS:
+                grad_x += tl.load(
+                    grad_sum_ptr + rows[:, None] * grad_sum_stride + columns[None, :], mask=there, other=0.0
+                ).to(tl.float32)
+            at = rows[:, None] * num_columns + columns[None, :]
+            tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=there)
+        # Each program has a row of its own: sums in a fixed order, so that the same step gives the same bits.
+        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * num_columns + columns, grad_weight, mask=inside)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a kernel is launched.
+
+    Attributes:
+        rows: Rows that a program has at once.
+        columns: The power of two that holds a row.
+        num_warps: Warps of a program.
+        num_programs: Programs; each goes through its share of the rows.
+    """
+
+    rows: int
+    columns: int
+    num_warps: int
+    num_programs: int
+
+
+@functools.cache
+def settings(num_rows: int, num_columns: int, num_multiprocessors: int, backward: bool) -> Settings:
+    """The launch for so many rows; a pure function of its arguments."""
+    columns = triton.next_power_of_2(max(num_columns, 1))
+    tile = 4096  # elements in a program's registers: 16 for each of 256 threads
+    rows = max(1, min(tile // columns, triton.next_power_of_2(max(num_rows // num_multiprocessors, 1))))
+    num_warps = min(max(rows * columns // 512, 1), 16)
+    wanted = triton.cdiv(num_rows, rows)
+    # Backward each program has a row of sums to write, so there are no more than run at the same time.
+    most = num_multiprocessors * max(1, (8 if backward else 16) // num_warps)
+    return Settings(rows, columns, num_warps, max(1, min(wanted, most)))
+
+
+def _rows_of(x: torch.Tensor) -> torch.Tensor:
+    """(rows, H), with any stride between the rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
+def output_dtype(x: torch.Tensor, weight: torch.Tensor, rounds_first: bool) -> torch.dtype:
+    """That of y: see `reference`."""
+    return torch.promote_types(x.dtype, weight.dtype) if rounds_first else x.dtype
+
+
+def launch(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    offset: float,
+    rounds_first: bool,
+    saves: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the forward kernel.
+
+    Returns:
+        y; x + residual, or x itself if there is no residual; and, if it `saves`, rstd (rows), float32.
+    """
+    flat, weight = _rows_of(x), weight.contiguous()
+    num_rows, num_columns = flat.shape
+    y = torch.empty(x.shape, dtype=output_dtype(x, weight, rounds_first), device=x.device)
+    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device) if saves else y
+    total, added = x, flat
+    if residual is not None:
+        added = _rows_of(residual)
+        total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
+    if y.numel():
+        chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), False)
+        _forward_rows[(chosen.num_programs,)](
+            flat, added, weight, y, total, rstd, num_rows, num_columns, flat.stride(0), added.stride(0), eps,
+            OFFSET=offset, ROUNDS_FIRST=rounds_first, ADDS=residual is not None, SAVES=saves,
+            EVEN=chosen.columns == num_columns, ROWS=chosen.rows, COLUMNS=chosen.columns, STAGES=2,
+            num_warps=chosen.num_warps,
+        )  # fmt: skip
+    return y, total, rstd
+
+
+def launch_backward(
+    grad_y: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    offset: float,
+    rounds_first: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run the backward kernel; `x` is what was normalized, so the sum where there was one.
+
+    Returns:
+        The gradients of `x` and of `weight`.
+    """
+    flat, flat_grad, weight = _rows_of(x), _rows_of(grad_y), weight.contiguous()
+    num_rows, num_columns = flat.shape
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if not grad_x.numel():
+        return grad_x, torch.zeros_like(weight)
+    flat_sum = flat_grad if grad_sum is None else _rows_of(grad_sum)
+    chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), True)
+    partial = torch.empty(chosen.num_programs, num_columns, dtype=torch.float32, device=x.device)
+    _backward_rows[(chosen.num_programs,)](
+        flat_grad, flat_sum, flat, weight, rstd, grad_x, partial,
+        num_rows, num_columns, flat_grad.stride(0), flat_sum.stride(0), flat.stride(0),
+        OFFSET=offset, ROUNDS_FIRST=rounds_first, ADDS=grad_sum is not None,
+        EVEN=chosen.columns == num_columns, ROWS=chosen.rows, COLUMNS=chosen.columns, STAGES=1,
+        num_warps=chosen.num_warps,
+    )  # fmt: skip
+    return grad_x, partial.sum(0).to(weight.dtype)

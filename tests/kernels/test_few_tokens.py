@@ -1,0 +1,133 @@
+"""Products for few tokens against float64, with and without what can stand before and behind them."""
+
+import pytest
+import torch
+from drawn import DTYPES, ROUNDED, close, few, tensor
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernelgraft.kernels import few_tokens as op
+
+pytest.importorskip("triton")
+
+shapes = st.tuples(
+    st.sampled_from([(), (1,), (1, 1), (2,), (4,), (3, 2), (16,), (23,), (64,), (0, 3)]),
+    st.sampled_from([1, 8, 33, 64]),
+    st.sampled_from([16, 100, 128, 515]),
+)
+
+
+def operands(leading, columns, length, dtype, act="", norm=False, bias=False, residual=False):
+    rows = 2 * columns if act else columns
+    return {
+        "x": tensor(*leading, length, dtype=dtype),
+        "weight": tensor(rows, length, dtype=dtype, seed=1, scale=length**-0.5),
+        "bias": tensor(rows, dtype=dtype, seed=2) if bias else None,
+        "norm": op.Norm(tensor(length, dtype=dtype, seed=3, scale=0.2, offset=1), 1e-6) if norm else None,
+        "act": act,
+        "residual": tensor(*leading, columns, dtype=dtype, seed=4) if residual else None,
+    }
+
+
+def widened(given):
+    wide = {name: each.double() if isinstance(each, torch.Tensor) else each for name, each in given.items()}
+    norm = given["norm"]
+    return {**wide, "norm": norm and norm._replace(weight=norm.weight.double())}
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    shape=shapes,
+    act=st.sampled_from(["", "silu", "gelu", "gelu_tanh"]),
+    norm=st.booleans(),
+    bias=st.booleans(),
+    residual=st.booleans(),
+)
+@few
+def test_all_that_can_stand_before_and_behind(dtype, shape, act, norm, bias, residual):
+    drawn = operands(*shape, dtype, act, norm, bias, residual)
+    y, exact = op.product(**drawn), op.reference(**widened(drawn))
+    assert y.dtype == dtype
+    # Roundings on the way, of the normalized x and of the gate, come on top of that of the result.
+    close(y, exact, dtype, size=2.0 + (exact.abs().amax() if exact.numel() else 0.0))
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("tokens", [1, 3, 40])
+def test_more_columns_than_a_program_has(tokens):
+    drawn = operands((tokens,), 700, 64, torch.float32, "silu", norm=True)
+    close(op.product(**drawn), op.reference(**widened(drawn)), torch.float32, terms=64, size=8.0)
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("dtype", ROUNDED[1:], ids=str)
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_norm_is_rounded_before_the_product(tokens, offset, dtype):
+    """With a weight that only picks numbers, the product is the norm."""
+    drawn = operands((tokens,), 64, 64, dtype, norm=True)
+    drawn["norm"] = drawn["norm"]._replace(offset=offset, rounds_first=not offset)
+    drawn["weight"] = torch.eye(64, dtype=dtype, device=drawn["x"].device)
+    same = op.product(**drawn) == op.reference(**drawn)
+    assert same.float().mean() > 0.98
+
+
+@pytest.mark.usefixtures("in_triton")
+def test_slices_of_larger_tensors():
+    drawn = operands((3,), 20, 64, torch.float32, residual=True)
+    wide = tensor(3, 2, 96, seed=7)
+    drawn["x"], drawn["weight"] = wide[:, 1, 10:74], tensor(40, 100, seed=8)[::2, 3:67]
+    drawn["residual"] = tensor(20, 3, seed=9).mT
+    close(op.product(**drawn), op.reference(**widened(drawn)), torch.float32, terms=64, size=9.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_operator_keeps_its_promises(dtype):
+    for tokens in (1, 5):
+        drawn = operands((2, tokens), 8, 32, dtype, "silu", norm=True, bias=True, residual=True)
+        arguments = (drawn["x"], drawn["weight"], drawn["bias"], *drawn["norm"], "silu", drawn["residual"])
+        torch.library.opcheck(op._product, arguments)
+        torch.library.opcheck(op._product, (drawn["x"], drawn["weight"], None, None, 0.0, 0.0, True, "", None))
+
+
+def launched(monkeypatch):
+    counts = []
+    real = op.launch
+    monkeypatch.setattr(op, "launch", lambda *args: counts.append(args[0].shape) or real(*args))
+    return counts
+
+
+@pytest.mark.usefixtures("in_triton")
+def test_the_kernels_are_for_few_tokens_without_a_gradient(monkeypatch):
+    counts = launched(monkeypatch)
+    few_rows, many = operands((64,), 8, 32, torch.float32), operands((65,), 8, 32, torch.float32)
+    op.product(**few_rows)
+    assert len(counts) == 1
+    close(op.product(**many), op.reference(**widened(many)), torch.float32, terms=32, size=4.0)
+    few_rows["weight"].requires_grad_()
+    op.product(**few_rows).sum().backward()
+    assert few_rows["weight"].grad is not None
+    assert len(counts) == 1
+    with torch.no_grad():
+        op.product(**few_rows)
+    assert len(counts) == 2
+    with torch.no_grad(), torch.autocast(few_rows["x"].device.type, torch.bfloat16):
+        assert op.product(**few_rows).dtype == torch.bfloat16
+    assert len(counts) == 2
+
+
+@pytest.mark.usefixtures("in_triton")
+def test_compiled_in_one_piece():
+    drawn = operands((2, 3), 8, 32, torch.float32, "silu", norm=True)
+    compiled = torch.compile(lambda **given: op.product(**given) + 1, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(**drawn), op.product(**drawn) + 1)
+
+
+def test_on_a_cpu_it_is_the_reference():
+    drawn = {
+        name: each.cpu() if isinstance(each, torch.Tensor) else each
+        for name, each in operands((2, 3), 8, 32, torch.float32, "silu", bias=True, residual=True).items()
+    }
+    assert torch.equal(op.product(**drawn), op.reference(**drawn))

@@ -1,0 +1,189 @@
+"""The MLPs, with a norm in front or without: numbers, gradients, what is kept for them, and in models."""
+
+import pytest
+import torch
+from drawn import DEVICE, DTYPES, close, tensor
+from torch import nn
+
+import kernelgraft
+from kernelgraft.errors import PlanError
+from kernelgraft.kernels import few_tokens
+from kernelgraft.kernels import gated_mlp as op
+from kernelgraft.kernels.few_tokens import Norm
+
+pytest.importorskip("triton")
+
+H, WIDTH = 32, 24
+
+
+@pytest.fixture(autouse=True)
+def few_are_four(monkeypatch):
+    """The interpreter is slow: what runs for 65 tokens runs here for 5."""
+    monkeypatch.setattr(few_tokens, "MAX_TOKENS", 4)
+
+
+def operands(tokens, dtype, norm, bias, requires_grad=True):
+    drawn = [
+        tensor(*tokens, H, dtype=dtype),
+        tensor(H, dtype=dtype, seed=1, scale=0.2, offset=1) if norm else None,
+        tensor(2 * WIDTH, H, dtype=dtype, seed=2, scale=0.3),
+        tensor(2 * WIDTH, dtype=dtype, seed=3) if bias else None,
+        tensor(H, WIDTH, dtype=dtype, seed=4, scale=0.3),
+        tensor(H, dtype=dtype, seed=5) if bias else None,
+        tensor(*tokens, H, dtype=dtype, seed=6),
+    ]
+    return [each if each is None else each.requires_grad_(requires_grad) for each in drawn]
+
+
+def run(operands, act, kind=(1e-6, 0.0, True)):
+    x, scale, gate_up, gate_up_bias, down, down_bias, residual = operands
+    norm = None if scale is None else Norm(scale, *kind)
+    return op.gated_mlp(x, gate_up, down, act, gate_up_bias, down_bias, norm, residual)
+
+
+def exactly(operands, act, kind=(1e-6, 0.0, True)):
+    wide = [each if each is None else each.detach().double().requires_grad_() for each in operands]
+    x, scale, gate_up, gate_up_bias, down, down_bias, residual = wide
+    if scale is not None:
+        x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + kind[0]) * (kind[1] + scale)
+    return op.reference(op.reference(x, gate_up, gate_up_bias, None, act), down, down_bias, None, "", residual), wide
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("tokens", [(1,), (2, 2), (3, 4), (0, 2)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "normed"])
+def test_forward_and_backward(tokens, dtype, norm):
+    for act, bias, kind in (("silu", False, (1e-6, 0.0, True)), ("gelu_tanh", True, (1e-6, 1.0, False))):
+        drawn = operands(tokens, dtype, norm, bias)
+        y = run(drawn, act, kind)
+        exact, wide = exactly(drawn, act, kind)
+        largest = exact.detach().abs().amax() if exact.numel() else 0.0
+        close(y.detach(), exact.detach(), dtype, terms=H, size=largest)
+        with torch.no_grad():
+            close(run(drawn, act, kind), exact.detach(), dtype, terms=H, size=largest)
+        upstream = tensor(*y.shape, dtype=dtype, seed=9)
+        y.backward(upstream)
+        exact.backward(upstream.double())
+        for each, wider in zip(drawn, wide, strict=True):
+            if each is not None:
+                size = 2 * wider.grad.abs().amax() if wider.grad.numel() else 0.0
+                close(each.grad, wider.grad, dtype, terms=H + y.numel() // H, size=size)
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("wanted", [(0,), (1,), (2,), (4,), (5,), (3, 6)], ids=str)
+def test_only_gradients_that_are_wanted(wanted):
+    drawn = operands((2, 4), torch.float32, True, True, requires_grad=False)
+    for index in wanted:
+        drawn[index].requires_grad_()
+    run(drawn, "silu").sum().backward()
+    exact, wide = exactly(drawn, "silu")
+    exact.sum().backward()
+    for index, each in enumerate(drawn):
+        assert (each.grad is not None) == (index in wanted)
+        if index in wanted:
+            close(each.grad, wide[index].grad, torch.float32, terms=64, size=wide[index].grad.abs().amax())
+
+
+@pytest.mark.usefixtures("in_triton")
+def test_only_gate_and_up_wait_for_the_backward():
+    drawn = operands((2, 4), torch.float32, True, False)
+    kept = {}
+
+    def pack(saved):
+        kept[saved.data_ptr()] = saved.numel()
+        return saved
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        y = run(drawn, "silu")
+    own = sum(each.numel() for each in drawn[:-1] if each is not None)
+    assert sum(kept.values()) == own + 8 * 2 * WIDTH
+    y.sum().backward()
+
+
+# Dynamo makes an instance itself, and means to hear nothing of it.
+@pytest.mark.filterwarnings("ignore:.*autograd.function.Function.* should not be instantiated:DeprecationWarning")
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("tokens", [2, 7])
+@pytest.mark.parametrize("trains", [False, True])
+def test_compiled_in_one_piece(tokens, trains):
+    once, again = (operands((tokens,), torch.float32, True, True, requires_grad=trains) for _ in range(2))
+    out, wanted = torch.compile(run, fullgraph=True, backend="aot_eager")(once, "silu"), run(again, "silu")
+    torch.testing.assert_close(out, wanted)
+    if trains:
+        out.sum().backward()
+        wanted.sum().backward()
+        for one, other in zip(once, again, strict=True):
+            torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.usefixtures("in_triton")
+def test_under_autocast_the_products_are_in_its_dtype():
+    drawn = operands((2, 4), torch.float32, True, False)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        y = run(drawn, "silu")
+    y.sum().backward()
+    exact, _ = exactly(drawn, "silu")
+    close(y.detach(), exact.detach(), torch.bfloat16, terms=H, size=20.0)
+    assert drawn[2].grad.dtype == torch.float32
+
+
+# --- in models
+
+MLP = {"llama": "SwiGLUMLP", "qwen2": "SwiGLUMLP", "gemma3": "GeGLUMLP", "mistral": "SwiGLUMLP"}
+FUSION = (("RMSNorm", "model.layers.*.post_attention_layernorm"), ("MLP", "model.layers.*.mlp"))
+OF_GEMMA = (("RMSNorm", "model.layers.*.pre_feedforward_layernorm"), ("MLP", "model.layers.*.mlp"))
+CASES = [
+    *((kind, {"MLP": f"kernelgraft.kernels:{name}"}, {}) for kind, name in MLP.items()),
+    ("llama", {"MLP": "kernelgraft.kernels:SwiGLUMLP"}, {"mlp_bias": True}),
+    ("qwen3", {FUSION: "kernelgraft.kernels:RMSNormMLP"}, {}),
+    ("llama", {FUSION: "kernelgraft.kernels:RMSNormMLP"}, {"mlp_bias": True}),
+    ("gemma3", {OF_GEMMA: "kernelgraft.kernels:RMSNormMLP"}, {}),
+]
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize(("kind", "config", "changes"), CASES)
+def test_in_models(kind, config, changes, in_triton, monkeypatch):
+    import tiny
+
+    model, grafted = (tiny.model(kind, **changes).to(DEVICE) for _ in range(2))
+    with kernelgraft.graft(grafted, config) as graft:
+        torch.testing.assert_close(tiny.logits(grafted, kind), tiny.logits(model, kind))
+        assert graft.calls.kernel == len(graft.plan.sites) == 2
+        found, wanted = tiny.gradients(grafted, kind), tiny.gradients(model, kind)
+        for name, grad in found.items():
+            sources = [original for original, packed in graft.names.items() if name in packed] or [name]
+            exact = torch.cat([wanted[source] for source in sources if source in wanted])  # a tied one once
+            torch.testing.assert_close(grad, exact, atol=2e-6, rtol=1e-4)
+        monkeypatch.undo()
+        if DEVICE == "cpu":
+            assert torch.equal(tiny.logits(grafted, kind), tiny.logits(model, kind))
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("case", [1, 5, 7])
+def test_verified(case):
+    import tiny
+
+    kind, config, changes = CASES[case]
+    graft = kernelgraft.graft(tiny.model(kind, **changes).to(DEVICE), config)
+    graft.verify(every_site=False).raise_for_failures()
+
+
+@pytest.mark.transformers
+def test_another_activation_is_refused():
+    import tiny
+
+    with pytest.raises(PlanError, match=r"activation has to be gelu or gelu_tanh, and its act_fn is .*which is silu"):
+        kernelgraft.graft(tiny.model("llama"), {"MLP": "kernelgraft.kernels:GeGLUMLP"})
+    with pytest.raises(PlanError, match=r"activation has to be silu, and its act_fn is ReLU\(\)"):
+        kernelgraft.graft(tiny.model("llama", hidden_act="relu"), {"MLP": "kernelgraft.kernels:SwiGLUMLP"})
+
+
+def test_another_norm_is_refused():
+    from kernelgraft.kernels.rms_norm_mlp import kind_of
+
+    with pytest.raises(ValueError, match="LayerNorm does not compute the RMS norm"):
+        kind_of(nn.LayerNorm(8))
