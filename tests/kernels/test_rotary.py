@@ -220,3 +220,21 @@ def test_on_a_cpu_it_is_the_reference(kind):
     assert torch.equal(op.rotate_into(keys, values, torch.tensor(1), **tensors, **numbers), wanted[0])
     assert torch.equal(keys[:, :, 1:4], wanted[1])
     assert torch.equal(values[:, :, 1:4], wanted[2])
+
+
+def test_a_head_that_is_rotated_in_part_is_refused():
+    tensors, numbers = given_for("none", (2, 3, (4, 2), 8))
+    tensors = {name: each[..., :4] if name in ("cos", "sin") else each for name, each in tensors.items()}
+    with pytest.raises(ValueError, match="have 8 columns, and not 4"):
+        op.rotate(**tensors, **numbers)
+
+
+@pytest.mark.usefixtures("in_triton")
+def test_autograd_notices_a_written_cache():
+    tensors, numbers = given_for("none", (2, 1, (4, 2), 8))
+    keys, values = (torch.zeros(2, 2, 6, 8, device=DEVICE) for _ in range(2))
+    factor = torch.ones((), device=DEVICE, requires_grad=True)
+    product = (factor * keys).sum()
+    op.rotate_into(keys, values, torch.tensor(2, device=DEVICE), **tensors, **numbers)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()

@@ -128,14 +128,14 @@ def values_of(qkv: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
     """The values in `qkv`, (B, K, T, D), as a view."""
     num_kv_heads = kv_heads_of(qkv, num_heads, head_dim)
     start = (num_heads + num_kv_heads) * head_dim
-    return qkv[..., start:].unflatten(-1, (num_kv_heads, head_dim)).transpose(1, 2)
+    values: torch.Tensor = qkv[..., start:].unflatten(-1, (num_kv_heads, head_dim))
+    return values.transpose(1, 2)
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
     """(-x[D/2:], x[:D/2]) along the last dimension."""
     low, high = x.chunk(2, dim=-1)
-    turned: torch.Tensor = torch.cat((-high, low), dim=-1)
-    return turned
+    return torch.cat((-high, low), dim=-1)
 
 
 def reference(
@@ -181,7 +181,7 @@ def rotate(
         cos: (B or 1, T, D), and no gradient goes to it.
         sin: The same.
         num_heads: N; what is left of the columns is keys and values.
-        head_dim: D, an even number.
+        head_dim: D, an even number; all of it is rotated.
         q_weight: (D), the weight of the queries' norm; `None` where there is no norm.
         k_weight: The same for the keys, of the dtype of `q_weight`; both or neither are given.
         eps: Added to the mean of the squares, as in `rms_norm`.
@@ -190,7 +190,11 @@ def rotate(
 
     Returns:
         q (B, N, T, D), k and v (B, K, T, D), each (B, T, heads, D) in memory. v can be a view of `qkv`.
+
+    Raises:
+        ValueError: cos and sin have fewer columns than a head.
     """
+    _check_angles(cos, head_dim)
     if not device.in_triton(qkv):
         return reference(qkv, cos, sin, num_heads, head_dim, q_weight, k_weight, eps, offset, rounds_first)
     watched = not device.launches(qkv, cos, sin, q_weight, k_weight)
@@ -220,8 +224,8 @@ def rotate_into(
     """`rotate`, with the keys and values written into a cache instead of new tensors. Not differentiable.
 
     Args:
-        keys: (B, K, L, D), written at [:, :, position : position + T].
-        values: The same.
+        keys: (B, K, L, D), of the dtype that k would have, written at [:, :, position : position + T].
+        values: The same, of that of `qkv`.
         position: One integer, on the device; it is not read on the host. What would lie beyond L is not written, and
             its query is NaN: without waiting for the device it cannot be refused.
         qkv: As the other arguments, see `rotate`.
@@ -237,7 +241,11 @@ def rotate_into(
 
     Returns:
         q (B, N, T, D).
+
+    Raises:
+        ValueError: cos and sin have fewer columns than a head.
     """
+    _check_angles(cos, head_dim)
     if not device.in_triton(qkv):
         q, k, v = reference(qkv, cos, sin, num_heads, head_dim, q_weight, k_weight, eps, offset, rounds_first)
         at = torch.arange(k.shape[2], device=k.device) + position
@@ -245,6 +253,15 @@ def rotate_into(
         values.index_copy_(2, at, v)
         return q
     arguments = (qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, eps, offset, rounds_first)
-    watched = not device.launches(qkv, cos, sin, q_weight, k_weight, keys, values, position)
-    written: torch.Tensor = (_rotate_into if watched else launch_into)(*arguments, keys, values, position)
-    return written
+    if not device.launches(qkv, cos, sin, q_weight, k_weight, keys, values, position):
+        written: torch.Tensor = _rotate_into(*arguments, keys, values, position)
+        return written
+    if not keys.is_inference():
+        # The operator does so too: autograd notices if it kept the cache as it was before.
+        torch.autograd.graph.increment_version((keys, values))
+    return launch_into(*arguments, keys, values, position)
+
+
+def _check_angles(cos: torch.Tensor, head_dim: int) -> None:
+    if cos.shape[-1] != head_dim:
+        raise ValueError(f"The whole head is rotated: cos and sin have {head_dim} columns, and not {cos.shape[-1]}.")

@@ -1,8 +1,8 @@
 """The Triton kernels of `rotary`, forward and backward, and their launches.
 
-Shapes as there: qkv (B, T, (N + 2 K) * D), cos and sin (B or 1, T, D), weights of the norms (D), q (B, N, T, D), k and v
-(B, K, T, D). A head is two halves, since the rotation is that of a number of the one with its like in the other. Where
-the original has a tensor of the model's dtype (what the norm gives, each product, their sum) the kernel rounds too.
+Shapes as there: qkv (B, T, (N + 2 K) * D), cos and sin (B or 1, T, D), weights of the norms (D), q (B, N, T, D), k and
+v (B, K, T, D). A head is two halves, since the rotation is that of a number of the one with its like in the other.
+Where the original has a tensor of the model's dtype (what the norm gives, each product, their sum), the kernel rounds.
 """
 
 import functools
