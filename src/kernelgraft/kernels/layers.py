@@ -2,6 +2,15 @@
 
 from .gated_mlp import GeGLUMLP, SwiGLUMLP
 from .rms_norm import OffsetRMSNorm, RMSNorm
+from .rms_norm_attention import OffsetRMSNormAttention, RMSNormAttention
 from .rms_norm_mlp import RMSNormMLP
 
-__all__ = ["GeGLUMLP", "OffsetRMSNorm", "RMSNorm", "RMSNormMLP", "SwiGLUMLP"]
+__all__ = [
+    "GeGLUMLP",
+    "OffsetRMSNorm",
+    "OffsetRMSNormAttention",
+    "RMSNorm",
+    "RMSNormAttention",
+    "RMSNormMLP",
+    "SwiGLUMLP",
+]

@@ -1,0 +1,131 @@
+"""What an attention module of Transformers computes, read off its code: whether a kernel may stand for it.
+
+Hundreds of classes have the same four projections, and some of them clip, gate, scale or leave out the rotation. What
+such a forward does besides Llama's shows in the names that it reads and in its branches; how it rotates and normalizes
+is tried on a few numbers.
+"""
+
+import copy
+import dis
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import rms_norm, rotary
+
+_ALWAYS = frozenset(
+    {"shape", "head_dim", "q_proj", "k_proj", "v_proj", "o_proj", "view", "transpose", "apply_rotary_pos_emb", "update"}
+    | {"layer_idx", "ALL_ATTENTION_FUNCTIONS", "get_interface", "config", "_attn_implementation"}
+    | {"eager_attention_forward", "training", "attention_dropout", "scaling", "reshape", "contiguous"}
+)  # fmt: skip
+_SOMETIMES = frozenset({"q_norm", "k_norm", "sliding_window", "getattr"})
+_WRITTEN = frozenset({"dropout", "scaling", "kwargs", "sliding_window"})
+_NUM_BRANCHES = 2  # is there a cache; does it train
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How an attention module calls what it does not compute itself.
+
+    Attributes:
+        eager: The function that its own file has for the implementation "eager".
+        options: What it hands to attention functions besides Llama's arguments.
+        names_cache: Whether its forward calls the cache `cache`, which was `past_key_values` before Transformers 5.23.
+        hands_kwargs_on: Whether the cache's `update` gets the keywords of the call.
+    """
+
+    eager: Callable[..., Any]
+    options: dict[str, Any]
+    names_cache: bool
+    hands_kwargs_on: bool
+
+
+def calls_of(attention: nn.Module) -> Calls:
+    """Read an attention module's forward.
+
+    Args:
+        attention: A module with Llama's projections, whose forward is the code that shall be replaced.
+
+    Raises:
+        ValueError: It does something else than Llama's, Mistral's, Qwen's or Gemma3's attention.
+    """
+    name = type(attention).__name__
+    forward = inspect.unwrap(type(attention).forward)
+    code = getattr(forward, "__code__", None)
+    if code is None:
+        raise ValueError(f"what {name} computes cannot be read: its forward is no Python function")
+    names, written = set(code.co_names), _written_in(code)
+    for what, found in (
+        ("also reads", (names - _ALWAYS - _SOMETIMES) | (written - _WRITTEN)),
+        ("does not read", _ALWAYS - names),
+    ):
+        if found:
+            raise ValueError(f"{name}.forward {what} {', '.join(sorted(found))}, so it is another attention")
+    if sum("JUMP" in step.opname and "IF" in step.opname for step in dis.get_instructions(code)) != _NUM_BRANCHES:
+        raise ValueError(f"{name}.forward has other branches than whether there is a cache and whether it trains")
+    if "q_norm" in names and code.co_names.index("q_norm") > code.co_names.index("apply_rotary_pos_emb"):
+        raise ValueError(f"{name}.forward normalizes after the rotation, and the kernel does before")
+    globals_of = forward.__globals__
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if globals_of["ALL_ATTENTION_FUNCTIONS"] is not ALL_ATTENTION_FUNCTIONS:
+        raise ValueError(f"{name} has attention functions of its own instead of those of Transformers")
+    _check_rotation(name, globals_of["apply_rotary_pos_emb"])
+    options = {}
+    if "sliding_window" in names:
+        options["sliding_window"] = getattr(attention, "sliding_window", None)
+    elif "sliding_window" in written:
+        options["sliding_window"] = getattr(attention.config, "sliding_window", None)
+    arguments = inspect.signature(forward).parameters
+    return Calls(globals_of["eager_attention_forward"], options, "cache" in arguments, "kwargs" in written)
+
+
+def _written_in(code: CodeType) -> set[str]:
+    """The words that stand as constants in a function: keywords of its calls, and names it gives to `getattr`."""
+    constants: list[Any] = [text for each in code.co_consts for text in (each if isinstance(each, tuple) else (each,))]
+    return {text for text in constants if isinstance(text, str) and text.isidentifier()}
+
+
+def _check_rotation(name: str, apply: Callable[..., Any]) -> None:
+    q, k, cos, sin = (torch.linspace(low, low + 2, 8, device="cpu").view(1, 1, 1, 8) for low in (-1, 0, 0.5, -0.7))
+    cos, sin = cos[0], sin[0]
+    qkv = torch.cat([q, k, k], dim=-1)[0]
+    wanted = rotary.reference(qkv, cos, sin, 1, 8)[:2]
+    with torch.no_grad():
+        found = apply(q, k, cos, sin)
+    if not all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True)):
+        raise ValueError(f"{name} rotates in another order than the two halves of a head")
+
+
+def epsilon_of(norm: nn.Module, what: str, offset: float, rounds_first: bool) -> float:
+    """The epsilon of an RMS norm.
+
+    Args:
+        norm: A module with a weight.
+        what: What it is called in a message.
+        offset: As in `rms_norm`.
+        rounds_first: As in `rms_norm`.
+
+    Raises:
+        ValueError: The norm is not the one that `rms_norm` computes with these arguments.
+    """
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    if not isinstance(eps, float) or [*norm._parameters] != ["weight"]:
+        raise ValueError(f"{what} ({type(norm).__name__}) is no RMS norm with a weight and an epsilon")
+    x = torch.linspace(-2, 3, 64, device="cpu").bfloat16()
+    weight = torch.linspace(0.4, 1.7, 64, device="cpu").bfloat16()
+    twin = copy.copy(norm)
+    twin.__dict__ = {**vars(norm), "_parameters": {"weight": weight}}
+    with torch.no_grad():
+        found = type(norm).forward(twin, x)
+    if not torch.equal(found, rms_norm.reference(x, weight, eps, offset, rounds_first)):
+        raise ValueError(
+            f"{what} ({type(norm).__name__}) is another norm than x / rms(x) * ({offset:g} + weight), rounded "
+            f"{'before' if rounds_first else 'after'} the weight"
+        )
+    return eps

@@ -1,0 +1,306 @@
+"""Attention of one query token per sequence: y = softmax(scale * q k^T + mask) v, forward only.
+
+Shapes: q (B, N, 1, D), k and v (B, K, S, D) with N a multiple of K, mask (B or 1, N or 1, 1, S), y (B, 1, N, D).
+
+The keys are split among programs, since one sequence alone has too few heads to fill a GPU: a first kernel gives each
+split's sum, its maximum and its denominator in float32, a second puts them together (Dao et al., "Flash-Decoding for
+long-context inference", 2023). All queries that share a key head are in one program, so that keys are read once.
+"""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+
+from . import device
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+MAX_SPLITS = 64
+"""What the second kernel holds at once."""
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["num_keys", "num_splits", "window", "mask_batch", "mask_head", "k_batch", "v_batch"])
+    def _attend_split(
+        q_ptr, k_ptr, v_ptr, mask_ptr, length_ptr, out_ptr, sums_ptr, stats_ptr,
+        num_kv_heads, num_queries, num_keys, num_splits, window, scale,
+        q_batch, q_head, k_batch, k_head, k_token, v_batch, v_head, v_token, mask_batch, mask_head, length_batch,
+        MASK: tl.constexpr, LIMITED: tl.constexpr, WINDOWED: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
+        DIM: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+    ):  # fmt: skip
+        batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
+        kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
+        split = tl.program_id(1)
+        columns = tl.arange(0, COLUMNS)
+        queries = tl.arange(0, QUERIES)
+        inside = columns < DIM
+        rows = (queries < num_queries)[:, None] & inside[None, :]
+        head = kv_head * num_queries + queries
+        q = tl.load(q_ptr + batch * q_batch + (head * q_head)[:, None] + columns[None, :], mask=rows, other=0.0)
+        end = num_keys
+        if LIMITED:
+            end = tl.minimum(tl.load(length_ptr + batch * length_batch).to(tl.int32), num_keys)
+        start = 0
+        if WINDOWED:
+            start = tl.maximum(end - window, 0)
+        largest = tl.full([QUERIES], float("-inf"), tl.float32)
+        denominator = tl.zeros([QUERIES], tl.float32)
+        total = tl.zeros([QUERIES, COLUMNS], tl.float32)
+        # The splits take turns, so that each has its share of the keys that count, wherever they are.
+        for block in range(start // KEYS + split, tl.cdiv(end, KEYS), num_splits):
+            keys = block * KEYS + tl.arange(0, KEYS)
+            seen = (keys >= start) & (keys < end)
+            at = keys.to(tl.int64)
+            allowed = (queries >= 0)[:, None] & seen[None, :]
+            if MASK != 0:
+                mask_at = mask_ptr + batch * mask_batch + (head * mask_head)[:, None] + at[None, :]
+                there = (queries < num_queries)[:, None] & seen[None, :]
+                if MASK == 1:
+                    allowed = tl.load(mask_at, mask=there, other=0) != 0
+                else:
+                    bias = tl.load(mask_at, mask=there, other=float("-inf")).to(tl.float32)
+                    allowed = bias > float("-inf")
+                # What no query sees is not read: of a cache with room for more, only what is filled.
+                seen = tl.max(allowed.to(tl.int32), axis=0) > 0
+            read = seen[:, None] & inside[None, :]
+            k_at = k_ptr + batch * k_batch + kv_head * k_head + (at * k_token)[:, None] + columns[None, :]
+            v_at = v_ptr + batch * v_batch + kv_head * v_head + (at * v_token)[:, None] + columns[None, :]
+            k = tl.load(k_at, mask=read, other=0.0)
+            v = tl.load(v_at, mask=read, other=0.0)
+            # In base 2, which is what the hardware has.
+            if UPCAST:
+                scores = tl.dot(q.to(tl.float32), tl.trans(k.to(tl.float32))) * (scale * 1.4426950408889634)
+            else:
+                scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
+            if MASK == 2:
+                scores += bias * 1.4426950408889634
+            scores = tl.where(allowed, scores, float("-inf"))
+            larger = tl.maximum(largest, tl.max(scores, axis=1))
+            shift = tl.where(larger == float("-inf"), 0.0, larger)
+            weights = tl.exp2(scores - shift[:, None])
+            kept = tl.exp2(largest - shift)
+            denominator = denominator * kept + tl.sum(weights, axis=1)
+            if UPCAST:
+                total = total * kept[:, None] + tl.dot(weights.to(v.dtype).to(tl.float32), v.to(tl.float32))
+            else:
+                total = tl.dot(weights.to(v.dtype), v, total * kept[:, None], input_precision="ieee")
+            largest = larger
+        out_row = batch * num_kv_heads * num_queries + head
+        if WHOLE:
+            total = total / tl.where(denominator == 0, 1.0, denominator)[:, None]
+            tl.store(out_ptr + out_row[:, None] * DIM + columns[None, :], total.to(out_ptr.dtype.element_ty), mask=rows)
+        else:
+            row = out_row * num_splits + split
+            tl.store(sums_ptr + row[:, None] * DIM + columns[None, :], total, mask=rows)
+            tl.store(stats_ptr + row * 2, largest, mask=queries < num_queries)
+            tl.store(stats_ptr + row * 2 + 1, denominator, mask=queries < num_queries)
+
+    @triton.jit(do_not_specialize=["num_splits"])
+    def _combine(
+        sums_ptr, stats_ptr, out_ptr, num_splits, DIM: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr
+    ):
+        row = tl.program_id(0).to(tl.int64)
+        splits = tl.arange(0, SPLITS)
+        columns = tl.arange(0, COLUMNS)
+        there = splits < num_splits
+        at = row * num_splits + splits
+        largest = tl.load(stats_ptr + at * 2, mask=there, other=float("-inf"))
+        denominator = tl.load(stats_ptr + at * 2 + 1, mask=there, other=0.0)
+        of_all = tl.max(largest, axis=0)
+        share = tl.exp2(largest - tl.where(of_all == float("-inf"), 0.0, of_all))
+        total = tl.sum(share * denominator, axis=0)
+        mask = there[:, None] & (columns < DIM)[None, :]
+        sums = tl.load(sums_ptr + at[:, None] * DIM + columns[None, :], mask=mask, other=0.0)
+        y = tl.sum(sums * share[:, None], axis=0) / tl.where(total == 0, 1.0, total)
+        tl.store(out_ptr + row * DIM + columns, y.to(out_ptr.dtype.element_ty), mask=columns < DIM)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the kernels are launched.
+
+    Attributes:
+        num_splits: Programs that share the keys of one head; with one there is no second kernel.
+        keys: Keys that a program has at once.
+        num_warps: Warps of a program of the first kernel.
+        num_stages: Blocks of keys that are under way.
+    """
+
+    num_splits: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+@functools.cache
+def settings(num_pairs: int, num_blocks: int, head_dim: int, itemsize: int, num_multiprocessors: int) -> Settings:
+    """The launch for so many pairs of a sequence and a key head; a pure function of its arguments.
+
+    Args:
+        num_pairs: B * K.
+        num_blocks: Blocks of `keys_at_once` keys, rounded up.
+        head_dim: D.
+        itemsize: Bytes of an element.
+        num_multiprocessors: Programs that run at the same time, at least.
+    """
+    keys = keys_at_once(head_dim, itemsize)
+    # To be measured. Two programs for each multiprocessor; up to two blocks of keys go through in the time that the
+    # launch of a second kernel takes.
+    wanted = max(1, 2 * num_multiprocessors // max(num_pairs, 1))
+    num_splits = 1 if num_blocks <= 2 else min(wanted, num_blocks, MAX_SPLITS)
+    return Settings(num_splits, keys, 4, 2 if head_dim * itemsize > 256 else 3)
+
+
+def keys_at_once(head_dim: int, itemsize: int) -> int:
+    """Keys in a block: 16 KiB of them, and as many of values."""
+    return 64 if head_dim * itemsize <= 256 else 32 if head_dim * itemsize <= 512 else 16
+
+
+def launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    length: torch.Tensor | None,
+    window: int | None,
+) -> torch.Tensor:
+    """Run the kernels. See `one_token_attention` for the arguments."""
+    q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
+    batch, num_heads, _, dim = q.shape
+    num_kv_heads, num_keys = k.shape[1:3]
+    out = torch.empty(batch, 1, num_heads, dim, dtype=q.dtype, device=q.device)
+    if not out.numel() or not num_keys:
+        return out.zero_()
+    mask_kind, mask_strides = 0, [0, 0]
+    if mask is not None:
+        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
+        mask_strides = [0 if mask.shape[each] == 1 else mask.stride(each) for each in (0, 1)]
+        mask_kind = 1 if mask.dtype == torch.bool else 2
+        mask = mask.view(torch.uint8) if mask_kind == 1 else mask
+    num_queries, pairs = num_heads // num_kv_heads, batch * num_kv_heads
+    num_blocks = -(-num_keys // keys_at_once(dim, k.element_size()))
+    chosen = settings(pairs, num_blocks, dim, k.element_size(), device.num_multiprocessors(q.device))
+    splits, columns = chosen.num_splits, triton.next_power_of_2(dim)
+    whole = splits == 1
+    sums, stats = out, out
+    if not whole:
+        sums = torch.empty(batch * num_heads, splits, dim, dtype=torch.float32, device=q.device)
+        stats = torch.empty(batch * num_heads, splits, 2, dtype=torch.float32, device=q.device)
+    _attend_split[(pairs, splits)](
+        q, k, v, q if mask is None else mask, q if length is None else length, out, sums, stats,
+        num_kv_heads, num_queries, num_keys, splits, window or 0, scale,
+        q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *mask_strides,
+        length.stride(0) if length is not None and length.numel() > 1 else 0,
+        MASK=mask_kind, LIMITED=length is not None, WINDOWED=window is not None, WHOLE=whole,
+        UPCAST=device.INTERPRETED, DIM=dim, COLUMNS=columns,
+        # The matrix units take 16 rows at least; with fewer queries the rest are zeros.
+        QUERIES=max(16, triton.next_power_of_2(num_queries)), KEYS=chosen.keys,
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+    )  # fmt: skip
+    if not whole:
+        _combine[(batch * num_heads,)](
+            sums, stats, out, splits, DIM=dim, COLUMNS=columns, SPLITS=MAX_SPLITS, num_warps=4
+        )
+    return out
+
+
+# --- operator: what compilers see. Its name holds that of this module, so that two builds of the repository can be in
+# one process.
+
+
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::forward", mutates_args=())
+def _attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None,
+    length: torch.Tensor | None,
+    window: int | None,
+) -> torch.Tensor:
+    return launch(q, k, v, scale, mask, length, window)
+
+
+@_attend.register_fake
+def _(q, k, v, scale, mask, length, window):
+    return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
+
+
+# --- what models and other kernels call
+
+
+def reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    length: torch.Tensor | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """`one_token_attention` in plain torch, in float32 (or float64, if `q` is)."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    num_queries = q.shape[1] // k.shape[1]
+    k, v = (each.to(wide).repeat_interleave(num_queries, dim=1) for each in (k, v))
+    scores = q.to(wide) @ k.mT * scale
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
+    keys = torch.arange(k.shape[2], device=k.device)
+    end = torch.full((1, 1, 1, 1), k.shape[2], device=k.device) if length is None else length.reshape(-1, 1, 1, 1)
+    end = end.clamp(max=k.shape[2])
+    start = 0 if window is None else end - window
+    scores = scores.masked_fill(~((keys < end) & (keys >= start)), -math.inf)
+    weights = torch.softmax(scores, dim=-1).nan_to_num(0.0)  # where nothing is seen
+    return (weights @ v).to(q.dtype).transpose(1, 2)
+
+
+def refusal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None = None) -> str | None:
+    """Why the kernels do not take these tensors, if they do not."""
+    if q.shape[2] != 1:
+        return f"it takes one query token, and not {q.shape[2]}"
+    if q.shape[3] not in HEAD_DIMS or v.shape[3] != q.shape[3]:
+        return f"it takes heads of {', '.join(map(str, HEAD_DIMS))} numbers, and not {q.shape[3]}"
+    if not q.dtype == k.dtype == v.dtype:
+        return f"queries, keys and values are of one dtype, and not {q.dtype}, {k.dtype} and {v.dtype}"
+    if mask is not None and (mask.ndim != 4 or mask.shape[-2:] != (1, k.shape[2])):
+        return f"its mask is (B or 1, N or 1, 1, {k.shape[2]}), and not {tuple(mask.shape)}"
+    return device.refusal(q)
+
+
+def one_token_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    mask: torch.Tensor | None = None,
+    length: torch.Tensor | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Attention of one query token per sequence. Not differentiable.
+
+    Args:
+        q: (B, N, 1, D), bfloat16, float16 or float32; D one of `HEAD_DIMS`.
+        k: (B, K, S, D), N a multiple of K.
+        v: The same.
+        scale: What the products of queries and keys are multiplied by.
+        mask: (B or 1, N or 1, 1, S): true where a key is seen, or numbers that are added to the scaled products.
+        length: One integer, or (B), on the device: only that many keys are seen. It is not read on the host.
+        window: How many of the keys that `length` leaves are seen, the last ones.
+
+    Returns:
+        (B, 1, N, D), contiguous, as Transformers' attention functions give it; 0 where no key is seen.
+    """
+    if not device.in_triton(q):
+        return reference(q, k, v, scale, mask, length, window)
+    if device.launches(q, k, v, mask, length):
+        return launch(q, k, v, scale, mask, length, window)
+    y: torch.Tensor = _attend(q, k, v, scale, mask, length, window)
+    return y

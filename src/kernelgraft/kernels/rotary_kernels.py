@@ -1,0 +1,415 @@
+"""The Triton kernels of `rotary`, forward and backward, and their launches.
+
+Shapes as there: qkv (B, T, (N + 2 K) * D), cos and sin (B or 1, T, D), weights of the norms (D), q (B, N, T, D), k and
+v (B, K, T, D). A head is two halves, since the rotation is that of a number of the one with its like in the other.
+Where the original has a tensor of the model's dtype (what the norm gives, each product, their sum), the kernel rounds.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from . import device
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = None
+
+if triton is not None:
+    _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+
+    @triton.jit
+    def _tile(tile, num_rows, num_tokens, num_heads, TOKENS: tl.constexpr, HEADS: tl.constexpr):
+        """Which batch, token and head each row of a tile is, and whether there is one."""
+        head_tiles = tl.cdiv(num_heads, HEADS)
+        lane = tl.arange(0, TOKENS * HEADS)
+        row = (tile // head_tiles) * TOKENS + lane // HEADS
+        head = (tile % head_tiles) * HEADS + lane % HEADS
+        there = (row < num_rows) & (head < num_heads)
+        return (row // num_tokens).to(tl.int64), (row % num_tokens).to(tl.int64), head.to(tl.int64), there
+
+    @triton.jit
+    def _heads(
+        first, step, x_ptr, cos_ptr, sin_ptr, weight_ptr, out_ptr, position,
+        num_rows, num_tokens, num_heads, num_slots, x_batch, x_token, cos_batch, cos_token, sin_batch, sin_token,
+        out_batch, out_head, out_token, eps,
+        TURNS: tl.constexpr, NORMS: tl.constexpr, OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr,
+        NORM_DTYPE: tl.constexpr, STORES: tl.constexpr, POISONS: tl.constexpr,
+        HALF: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    ):  # fmt: skip
+        columns = tl.arange(0, COLUMNS)
+        inside = columns < HALF
+        if NORMS:
+            low_scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+            high_scale = tl.load(weight_ptr + HALF + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+        for tile in range(first, tl.cdiv(num_rows, TOKENS) * tl.cdiv(num_heads, HEADS), step):
+            batch, token, head, there = _tile(tile, num_rows, num_tokens, num_heads, TOKENS, HEADS)
+            mask = there[:, None] & inside[None, :]
+            at = (batch * x_batch + token * x_token + head * (2 * HALF))[:, None] + columns[None, :]
+            low = tl.load(x_ptr + at, mask=mask, other=0.0)
+            high = tl.load(x_ptr + at + HALF, mask=mask, other=0.0)
+            if NORMS:
+                low_fp32, high_fp32 = low.to(tl.float32), high.to(tl.float32)
+                squares = tl.sum(low_fp32 * low_fp32 + high_fp32 * high_fp32, axis=1)
+                rstd = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+                low_fp32, high_fp32 = low_fp32 * rstd, high_fp32 * rstd
+                if ROUNDS_FIRST:
+                    low_fp32, high_fp32 = low_fp32.to(low.dtype).to(tl.float32), high_fp32.to(low.dtype).to(tl.float32)
+                low = (low_fp32 * low_scale[None, :]).to(NORM_DTYPE)
+                high = (high_fp32 * high_scale[None, :]).to(NORM_DTYPE)
+            if TURNS:
+                dtype = out_ptr.dtype.element_ty
+                cos_at = (batch * cos_batch + token * cos_token)[:, None] + columns[None, :]
+                sin_at = (batch * sin_batch + token * sin_token)[:, None] + columns[None, :]
+                low_cos = tl.load(cos_ptr + cos_at, mask=mask, other=0.0).to(tl.float32)
+                high_cos = tl.load(cos_ptr + cos_at + HALF, mask=mask, other=0.0).to(tl.float32)
+                low_sin = tl.load(sin_ptr + sin_at, mask=mask, other=0.0).to(tl.float32)
+                high_sin = tl.load(sin_ptr + sin_at + HALF, mask=mask, other=0.0).to(tl.float32)
+                low_fp32, high_fp32 = low.to(tl.float32), high.to(tl.float32)
+                # Each product is a tensor of the model's dtype there, so each is rounded.
+                low_turned = (low_fp32 * low_cos).to(dtype).to(tl.float32)
+                low_turned -= (high_fp32 * low_sin).to(dtype).to(tl.float32)
+                high_turned = (high_fp32 * high_cos).to(dtype).to(tl.float32)
+                high_turned += (low_fp32 * high_sin).to(dtype).to(tl.float32)
+                low, high = low_turned, high_turned
+            slot = token
+            if STORES:
+                slot = token + position
+                there = there & (slot < num_slots)
+            if POISONS:
+                over = (token + position >= num_slots)[:, None]
+                low, high = tl.where(over, float("nan"), low), tl.where(over, float("nan"), high)
+            mask = there[:, None] & inside[None, :]
+            to = (batch * out_batch + head * out_head + slot * out_token)[:, None] + columns[None, :]
+            tl.store(out_ptr + to, low.to(out_ptr.dtype.element_ty), mask=mask)
+            tl.store(out_ptr + to + HALF, high.to(out_ptr.dtype.element_ty), mask=mask)
+
+    @triton.jit(do_not_specialize=["num_rows", "num_tokens", "num_slots"])
+    def _forward(
+        qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, v_ptr, position_ptr,
+        num_rows, num_tokens, num_heads, num_kv_heads, num_slots, num_q_programs, num_k_programs, num_v_programs,
+        qkv_batch, qkv_token, cos_batch, cos_token, sin_batch, sin_token,
+        q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, eps,
+        NORMS: tl.constexpr, OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM_DTYPE: tl.constexpr,
+        STORES: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    ):  # fmt: skip
+        program = tl.program_id(0)
+        position = 0
+        if STORES:
+            position = tl.load(position_ptr).to(tl.int64)
+        if program < num_q_programs:
+            _heads(
+                program, num_q_programs, qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, q_ptr, position,
+                num_rows, num_tokens, num_heads, num_slots,
+                qkv_batch, qkv_token, cos_batch, cos_token, sin_batch, sin_token, q_batch, q_head, q_token, eps,
+                True, NORMS, OFFSET, ROUNDS_FIRST, NORM_DTYPE, False, STORES, HALF, COLUMNS, TOKENS, HEADS,
+            )  # fmt: skip
+        elif program < num_q_programs + num_k_programs:
+            _heads(
+                program - num_q_programs, num_k_programs, qkv_ptr + num_heads * (2 * HALF), cos_ptr, sin_ptr,
+                k_weight_ptr, k_ptr, position, num_rows, num_tokens, num_kv_heads, num_slots,
+                qkv_batch, qkv_token, cos_batch, cos_token, sin_batch, sin_token, k_batch, k_head, k_token, eps,
+                True, NORMS, OFFSET, ROUNDS_FIRST, NORM_DTYPE, STORES, False, HALF, COLUMNS, TOKENS, HEADS,
+            )  # fmt: skip
+        else:
+            _heads(
+                program - num_q_programs - num_k_programs, num_v_programs,
+                qkv_ptr + (num_heads + num_kv_heads) * (2 * HALF), cos_ptr, sin_ptr,
+                k_weight_ptr, v_ptr, position, num_rows, num_tokens, num_kv_heads, num_slots,
+                qkv_batch, qkv_token, cos_batch, cos_token, sin_batch, sin_token, v_batch, v_head, v_token, eps,
+                False, False, OFFSET, ROUNDS_FIRST, NORM_DTYPE, STORES, False, HALF, COLUMNS, TOKENS, HEADS,
+            )  # fmt: skip
+
+    @triton.jit
+    def _grad_heads(
+        first, step, grad_ptr, x_ptr, cos_ptr, sin_ptr, weight_ptr, grad_x_ptr, partial_ptr,
+        num_rows, num_tokens, num_heads, grad_batch, grad_head, grad_token, x_batch, x_token,
+        cos_batch, cos_token, sin_batch, sin_token, grad_x_token, eps,
+        TURNS: tl.constexpr, NORMS: tl.constexpr, OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr,
+        HALF: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    ):  # fmt: skip
+        columns = tl.arange(0, COLUMNS)
+        inside = columns < HALF
+        if NORMS:
+            low_scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+            high_scale = tl.load(weight_ptr + HALF + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+            low_sum = tl.zeros([COLUMNS], tl.float32)
+            high_sum = tl.zeros([COLUMNS], tl.float32)
+        for tile in range(first, tl.cdiv(num_rows, TOKENS) * tl.cdiv(num_heads, HEADS), step):
+            batch, token, head, there = _tile(tile, num_rows, num_tokens, num_heads, TOKENS, HEADS)
+            mask = there[:, None] & inside[None, :]
+            at = (batch * grad_batch + head * grad_head + token * grad_token)[:, None] + columns[None, :]
+            low = tl.load(grad_ptr + at, mask=mask, other=0.0).to(tl.float32)
+            high = tl.load(grad_ptr + at + HALF, mask=mask, other=0.0).to(tl.float32)
+            if TURNS:
+                cos_at = (batch * cos_batch + token * cos_token)[:, None] + columns[None, :]
+                sin_at = (batch * sin_batch + token * sin_token)[:, None] + columns[None, :]
+                low_cos = tl.load(cos_ptr + cos_at, mask=mask, other=0.0).to(tl.float32)
+                high_cos = tl.load(cos_ptr + cos_at + HALF, mask=mask, other=0.0).to(tl.float32)
+                low_sin = tl.load(sin_ptr + sin_at, mask=mask, other=0.0).to(tl.float32)
+                high_sin = tl.load(sin_ptr + sin_at + HALF, mask=mask, other=0.0).to(tl.float32)
+                turned_back = low * low_cos + high * high_sin
+                high = high * high_cos - low * low_sin
+                low = turned_back
+            if NORMS:
+                x_at = (batch * x_batch + token * x_token + head * (2 * HALF))[:, None] + columns[None, :]
+                low_x = tl.load(x_ptr + x_at, mask=mask, other=0.0)
+                high_x = tl.load(x_ptr + x_at + HALF, mask=mask, other=0.0)
+                low_fp32, high_fp32 = low_x.to(tl.float32), high_x.to(tl.float32)
+                squares = tl.sum(low_fp32 * low_fp32 + high_fp32 * high_fp32, axis=1)
+                rstd = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+                low_fp32, high_fp32 = low_fp32 * rstd, high_fp32 * rstd
+                low_rounded, high_rounded = low_fp32, high_fp32
+                if ROUNDS_FIRST:
+                    low_rounded = low_fp32.to(low_x.dtype).to(tl.float32)
+                    high_rounded = high_fp32.to(low_x.dtype).to(tl.float32)
+                low_sum += tl.sum(low * low_rounded, axis=0)
+                high_sum += tl.sum(high * high_rounded, axis=0)
+                low, high = low * low_scale[None, :], high * high_scale[None, :]
+                mean = (tl.sum(low * low_fp32 + high * high_fp32, axis=1) / (2 * HALF))[:, None]
+                low, high = (low - low_fp32 * mean) * rstd, (high - high_fp32 * mean) * rstd
+            to = ((batch * num_tokens + token) * grad_x_token + head * (2 * HALF))[:, None] + columns[None, :]
+            tl.store(grad_x_ptr + to, low.to(grad_x_ptr.dtype.element_ty), mask=mask)
+            tl.store(grad_x_ptr + to + HALF, high.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        if NORMS:
+            # Each program has a row of its own: sums in a fixed order, so that the same step gives the same bits.
+            tl.store(partial_ptr + columns, low_sum, mask=inside)
+            tl.store(partial_ptr + HALF + columns, high_sum, mask=inside)
+
+    @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
+    def _backward(
+        grad_q_ptr, grad_k_ptr, grad_v_ptr, qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr,
+        grad_qkv_ptr, partial_ptr,
+        num_rows, num_tokens, num_heads, num_kv_heads, num_q_programs, num_k_programs, num_v_programs,
+        qkv_batch, qkv_token, cos_batch, cos_token, sin_batch, sin_token,
+        q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, eps,
+        NORMS: tl.constexpr, OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr,
+        HALF: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+    ):  # fmt: skip
+        program = tl.program_id(0)
+        width = (num_heads + 2 * num_kv_heads) * (2 * HALF)
+        partial_ptr += program.to(tl.int64) * (2 * HALF)
+        if program < num_q_programs:
+            _grad_heads(
+                program, num_q_programs, grad_q_ptr, qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, grad_qkv_ptr, partial_ptr,
+                num_rows, num_tokens, num_heads, q_batch, q_head, q_token, qkv_batch, qkv_token,
+                cos_batch, cos_token, sin_batch, sin_token, width, eps,
+                True, NORMS, OFFSET, ROUNDS_FIRST, HALF, COLUMNS, TOKENS, HEADS,
+            )  # fmt: skip
+        elif program < num_q_programs + num_k_programs:
+            skipped = num_heads * (2 * HALF)
+            _grad_heads(
+                program - num_q_programs, num_k_programs, grad_k_ptr, qkv_ptr + skipped, cos_ptr, sin_ptr,
+                k_weight_ptr, grad_qkv_ptr + skipped, partial_ptr,
+                num_rows, num_tokens, num_kv_heads, k_batch, k_head, k_token, qkv_batch, qkv_token,
+                cos_batch, cos_token, sin_batch, sin_token, width, eps,
+                True, NORMS, OFFSET, ROUNDS_FIRST, HALF, COLUMNS, TOKENS, HEADS,
+            )  # fmt: skip
+        else:
+            skipped = (num_heads + num_kv_heads) * (2 * HALF)
+            _grad_heads(
+                program - num_q_programs - num_k_programs, num_v_programs, grad_v_ptr, qkv_ptr + skipped,
+                cos_ptr, sin_ptr, k_weight_ptr, grad_qkv_ptr + skipped, partial_ptr,
+                num_rows, num_tokens, num_kv_heads, v_batch, v_head, v_token, qkv_batch, qkv_token,
+                cos_batch, cos_token, sin_batch, sin_token, width, eps,
+                False, False, OFFSET, ROUNDS_FIRST, HALF, COLUMNS, TOKENS, HEADS,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a kernel is launched.
+
+    Attributes:
+        tokens: Tokens that a program has at once.
+        heads: Heads of each of them that it has at once, a power of two.
+        columns: The power of two that holds half a head.
+        num_warps: Warps of a program.
+        num_programs: Programs for the queries, for the keys and for the values.
+    """
+
+    tokens: int
+    heads: int
+    columns: int
+    num_warps: int
+    num_programs: tuple[int, int, int]
+
+
+@functools.cache
+def settings(
+    num_rows: int, heads: tuple[int, int, int], head_dim: int, num_multiprocessors: int, backward: bool
+) -> Settings:
+    """The launch for so many tokens and heads of queries, keys and values; a pure function of its arguments."""
+    columns = triton.next_power_of_2(head_dim // 2)
+    # To be measured. 2048 elements in a program's registers are 16 for each of 128 threads; with few tokens a program
+    # has one head, since then it is the time of one that counts, and all run at the same time.
+    most = max(1, 2048 // (2 * columns))
+    wanted = max(1, num_rows * sum(heads) // (4 * num_multiprocessors))
+    rows = min(most, 1 << (wanted.bit_length() - 1))
+    heads_at_once = min(rows, 1 << (max(min(heads[0], heads[1]), 1).bit_length() - 1))
+    tokens = rows // heads_at_once
+    num_warps = max(1, min(rows * columns // 256, 4))
+    tiles = [triton.cdiv(num_rows, tokens) * triton.cdiv(each, heads_at_once) for each in heads]
+    if backward:
+        # Each program has a row of sums to write, so there are no more than run at the same time.
+        resident = num_multiprocessors * max(1, 16 // num_warps)
+        tiles = [min(each, max(1, resident * each // sum(tiles))) if each else 0 for each in tiles]
+    return Settings(tokens, heads_at_once, columns, num_warps, (tiles[0], tiles[1], tiles[2]))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """The same with the last dimension dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _batches(x: torch.Tensor) -> tuple[int, int]:
+    """The strides of cos or sin along batch and tokens; one batch is that of all."""
+    return (0 if x.shape[0] == 1 else x.stride(0)), x.stride(1)
+
+
+def kv_heads_of(qkv: torch.Tensor, num_heads: int, head_dim: int) -> int:
+    """How many heads of keys there are; what the queries leave is keys and values."""
+    return (qkv.shape[-1] // head_dim - num_heads) // 2
+
+
+def dtypes(
+    qkv: torch.Tensor, cos: torch.Tensor, weight: torch.Tensor | None, rounds_first: bool
+) -> tuple[torch.dtype, torch.dtype]:
+    """What the norm gives, and what q and k are."""
+    normalized = torch.promote_types(qkv.dtype, weight.dtype) if weight is not None and rounds_first else qkv.dtype
+    return normalized, torch.promote_types(normalized, cos.dtype)
+
+
+def empty_heads(qkv: torch.Tensor, num_heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:
+    """(B, num_heads, T, D), of which the memory is (B, T, num_heads, D)."""
+    batch, num_tokens, _ = qkv.shape
+    return torch.empty(batch, num_tokens, num_heads, head_dim, dtype=dtype, device=qkv.device).transpose(1, 2)
+
+
+def launch(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    num_heads: int,
+    head_dim: int,
+    eps: float,
+    offset: float,
+    rounds_first: bool,
+    copies: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the forward kernel.
+
+    Returns:
+        q, k and v; v is empty unless `copies`.
+    """
+    num_kv_heads = kv_heads_of(qkv, num_heads, head_dim)
+    dtype = dtypes(qkv, cos, q_weight, rounds_first)[1]
+    q, k = empty_heads(qkv, num_heads, head_dim, dtype), empty_heads(qkv, num_kv_heads, head_dim, dtype)
+    v = empty_heads(qkv, num_kv_heads if copies else 0, head_dim, qkv.dtype)
+    _launch(qkv, cos, sin, q_weight, k_weight, q, k, v, None, copies, eps, offset, rounds_first)
+    return q, k, v
+
+
+def launch_into(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    num_heads: int,
+    head_dim: int,
+    eps: float,
+    offset: float,
+    rounds_first: bool,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    position: torch.Tensor,
+) -> torch.Tensor:
+    """Run the forward kernel with k and v written into `keys` and `values`; gives q."""
+    q = empty_heads(qkv, num_heads, head_dim, dtypes(qkv, cos, q_weight, rounds_first)[1])
+    _launch(qkv, cos, sin, q_weight, k_weight, q, keys, values, position, True, eps, offset, rounds_first)
+    return q
+
+
+def _launch(qkv, cos, sin, q_weight, k_weight, q, k, v, position, copies, eps, offset, rounds_first):
+    qkv, cos, sin = _rows(qkv), _rows(cos), _rows(sin)
+    batch, num_tokens, _ = qkv.shape
+    (num_heads, head_dim), num_rows = (q.shape[1], q.shape[3]), batch * num_tokens
+    num_kv_heads = kv_heads_of(qkv, num_heads, head_dim)
+    if not num_rows:
+        return
+    heads = (num_heads, num_kv_heads, num_kv_heads if copies else 0)
+    chosen = settings(num_rows, heads, head_dim, device.num_multiprocessors(qkv.device), False)
+    norms = q_weight is not None
+    _forward[(sum(chosen.num_programs),)](
+        qkv, cos, sin, q_weight.contiguous() if norms else cos, k_weight.contiguous() if norms else cos, q, k, v,
+        qkv if position is None else position,
+        num_rows, num_tokens, num_heads, num_kv_heads, k.shape[2], *chosen.num_programs,
+        qkv.stride(0), qkv.stride(1), *_batches(cos), *_batches(sin),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], eps,
+        NORMS=norms, OFFSET=offset, ROUNDS_FIRST=rounds_first,
+        NORM_DTYPE=_TRITON_DTYPES[dtypes(qkv, cos, q_weight, rounds_first)[0]], STORES=position is not None,
+        HALF=head_dim // 2, COLUMNS=chosen.columns, TOKENS=chosen.tokens, HEADS=chosen.heads,
+        num_warps=chosen.num_warps,
+    )  # fmt: skip
+
+
+def launch_backward(
+    grad_q: torch.Tensor,
+    grad_k: torch.Tensor,
+    grad_v: torch.Tensor,
+    qkv: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    q_weight: torch.Tensor | None,
+    k_weight: torch.Tensor | None,
+    dtype: torch.dtype,
+    eps: float,
+    offset: float,
+    rounds_first: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Run the backward kernel; `qkv` is needed only where there are norms, and `dtype` is its dtype.
+
+    Returns:
+        The gradients of qkv and of the two weights, which are empty where there are no norms.
+    """
+    grad_q, grad_k, grad_v, cos, sin = (_rows(each) for each in (grad_q, grad_k, grad_v, cos, sin))
+    batch, num_heads, num_tokens, head_dim = grad_q.shape
+    num_kv_heads, num_rows = grad_k.shape[1], batch * num_tokens
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    grad_qkv = torch.empty(batch, num_tokens, width, dtype=dtype, device=grad_q.device)
+    norms = q_weight is not None and k_weight is not None and qkv is not None
+    rows = _rows(qkv) if norms and qkv is not None else grad_qkv
+    if not num_rows:
+        return grad_qkv, *_no_gradients(q_weight, k_weight, grad_q)
+    heads = (num_heads, num_kv_heads, num_kv_heads)
+    chosen = settings(num_rows, heads, head_dim, device.num_multiprocessors(grad_q.device), True)
+    num_q, num_k, _ = chosen.num_programs
+    partial = torch.empty(num_q + num_k if norms else 0, head_dim, dtype=torch.float32, device=grad_q.device)
+    _backward[(sum(chosen.num_programs),)](
+        grad_q, grad_k, grad_v, rows, cos, sin,
+        cos if q_weight is None else q_weight.contiguous(), cos if k_weight is None else k_weight.contiguous(),
+        grad_qkv, partial, num_rows, num_tokens, num_heads, num_kv_heads, *chosen.num_programs,
+        rows.stride(0), rows.stride(1), *_batches(cos), *_batches(sin),
+        *grad_q.stride()[:3], *grad_k.stride()[:3], *grad_v.stride()[:3], eps,
+        NORMS=norms, OFFSET=offset, ROUNDS_FIRST=rounds_first,
+        HALF=head_dim // 2, COLUMNS=chosen.columns, TOKENS=chosen.tokens, HEADS=chosen.heads,
+        num_warps=chosen.num_warps,
+    )  # fmt: skip
+    if q_weight is None or k_weight is None:
+        return grad_qkv, *_no_gradients(None, None, grad_q)
+    return grad_qkv, partial[:num_q].sum(0).to(q_weight.dtype), partial[num_q:].sum(0).to(k_weight.dtype)
+
+
+def _no_gradients(q_weight, k_weight, like):
+    return tuple(
+        torch.zeros(0 if weight is None else weight.shape[0], dtype=(like if weight is None else weight).dtype).to(
+            like.device
+        )
+        for weight in (q_weight, k_weight)
+    )
