@@ -125,7 +125,7 @@ def distance(found: Any, exact: Any) -> float:
 def compiled(what: Any, asked: argparse.Namespace, **options: Any) -> Any:
     """`torch.compile` of a function or module for these shapes; in a trial without the code generator."""
     if asked.tiny:
-        options = {"backend": "aot_eager"}
+        options = {"backend": "eager"}
     return torch.compile(what, fullgraph=True, dynamic=False, **options)
 
 
@@ -203,6 +203,9 @@ class Bench:
         began = datetime.now(UTC)
         with torch.set_grad_enabled(work.gradients):
             ready = self._checked(work)
+            if self.asked.profile:
+                self._profile(work, ready)
+                return
             for name, (timing, error) in self._timed(work, ready).items():
                 self.keep(work, name, self._figures(work, ready[name][0], timing) | {"relative_error": error})
         torch._dynamo.reset()
@@ -274,6 +277,24 @@ class Bench:
         for _ in range(work.repeats or self.asked.repeats):
             each(lambda name, ready: times[name].append(self.clock.milliseconds(ready.call, most)))
         return {name: (_clock.timing(times[name], peaks[name]), error) for name, (_, error) in alive.items()}
+
+    def _profile(self, work: Work, found: Mapping[str, tuple[Ready, float]]) -> None:
+        """Where the time of each variant goes, in one call after others."""
+        kind = "cuda" if self.device.type == "cuda" else "cpu"
+        for name, (ready, _) in found.items():
+            for _ in range(WARMUP):
+                ready.before()
+                ready.call()
+            ready.before()
+            activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, kind.upper())}
+            with torch.profiler.profile(activities=activities) as profile:
+                ready.call()
+                if kind == "cuda":
+                    torch.cuda.synchronize()
+            found_there = profile.key_averages().table(
+                sort_by=f"self_{kind}_time_total", row_limit=16, max_name_column_width=70
+            )
+            print(f"{work.name}, {name}:\n{found_there}", flush=True)
 
     # --- rows
 
@@ -355,6 +376,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     made.add_argument("--repeats", type=int, help="timed calls of each variant, in turn")
     made.add_argument("--only", default="*", help="works whose name matches this pattern")
     made.add_argument("--variants", default="*", help="variants by name or pattern, joined by semicolons")
+    made.add_argument("--profile", action="store_true", help="one call of each variant under a profiler; no rows")
     return made
 
 

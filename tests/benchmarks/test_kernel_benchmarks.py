@@ -209,6 +209,15 @@ def test_a_graft_whose_kernel_does_not_run_is_not_timed(run, ours, monkeypatch):
     assert all("not the kernels ran" in row["error"] for row in rows)
 
 
+def test_a_profile_is_printed_and_no_row_kept(tmp_path, capsys):
+    options = ["--tiny", "--device", "cpu", "--out", str(tmp_path), "--only", "3x64 forward", "--variants", "ours"]
+    assert script("rms_norm").main([*options, "--profile"]) == 0
+    said = capsys.readouterr().out
+    assert "3x64 forward, ours:" in said
+    assert "aten::mul" in said
+    assert not list(tmp_path.iterdir())
+
+
 def test_real_sizes_ask_for_a_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit):
         script("rms_norm").main(["--device", "cpu", "--out", str(tmp_path)])
