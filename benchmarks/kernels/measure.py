@@ -192,10 +192,14 @@ class Bench:
                 "matrix_rate": found.matrix_rate,
                 "cold_cache": found.cold_cache,
             }
+            names = []
             for work in works:
+                names.append(work.name)
                 if fnmatch.fnmatchcase(work.name, self.asked.only):
                     self._work(work)
                 del work  # and its tensors, before the next one is made
+            if not fnmatch.filter(names, self.asked.only):
+                sys.exit(f"No work matches {self.asked.only!r}. There are: {'; '.join(names)}.")
 
     # --- one work
 
@@ -416,6 +420,8 @@ def finish(bench: Bench) -> int:
     """Print the table of a run; the exit code."""
     from benchmarks.kernels import table
 
+    if not bench.rows:  # a profile keeps none, and a pattern may match none
+        return 0
     print("\n" + table.render(bench.rows) + f"\n\n{bench.file}", flush=True)
     failed = [row["variant"] for row in bench.rows if "error" in row]
     return int(any(name in (YARDSTICK, REFERENCE) or name.startswith("ours") for name in failed))

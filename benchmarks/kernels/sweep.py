@@ -16,6 +16,7 @@ import importlib
 import itertools
 import json
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -72,15 +73,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--function", default="settings")
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE,...", help="values that are tried")
     made.add_argument("--variant", default="ours", help="which variant of the works runs the kernel")
+    made.add_argument(
+        "--budget", type=float, default=float("inf"), help="seconds after which no other setting is tried"
+    )
     asked = measure.completed(made, "sweep", arguments)
     swept = Swept(importlib.import_module(f"kernelgraft.kernels.{asked.module}"), asked.function)
     works = importlib.import_module(f"benchmarks.kernels.{asked.row}").works(asked)
     described, found = machine.describe(), []
+    end = time.monotonic() + asked.budget
     with measure.compiling(), _clock.clock_on(torch.device(asked.device)) as clock:
         copied = clock.machine(measure.DTYPE).copy_bandwidth
         for work in works:
             if fnmatch.fnmatchcase(work.name, asked.only):
-                lines = [_tried(work, changes, swept, clock, asked) for changes in _grid(asked.set)]
+                grid = _grid(asked.set)
+                lines = [_tried(work, changes, swept, clock, asked) for changes in grid if time.monotonic() < end]
+                if len(lines) < len(grid):
+                    print(f"the budget of {asked.budget:.0f} s is spent: {grid[len(lines) :]} were not tried")
                 found += [{**line, "copy_bandwidth": copied} for line in lines]
                 print(_said(work, lines, copied), flush=True)
     now = datetime.now(UTC)

@@ -218,6 +218,11 @@ def test_a_profile_is_printed_and_no_row_kept(tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_pattern_that_matches_no_work_lists_them(run):
+    with pytest.raises(SystemExit, match="No work matches 'x'. There are: 7x48 forward; 3x64 forward"):
+        run("rms_norm", "--only", "x")
+
+
 def test_real_sizes_ask_for_a_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit):
         script("rms_norm").main(["--device", "cpu", "--out", str(tmp_path)])
