@@ -219,7 +219,7 @@ def test_a_profile_is_printed_and_no_row_kept(tmp_path, capsys):
 
 
 def test_a_pattern_that_matches_no_work_lists_them(run):
-    with pytest.raises(SystemExit, match="No work matches 'x'. There are: 7x48 forward; 3x64 forward"):
+    with pytest.raises(SystemExit, match=r"No work matches 'x'\. There are: 7x48 forward; 3x64 forward"):
         run("rms_norm", "--only", "x")
 
 
