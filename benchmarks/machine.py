@@ -15,10 +15,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 PACKAGES = (
     "torch",
+    "triton",
     "transformers",
     "safetensors",
     "kernels",
     "accelerate",
+    "liger-kernel",
+    "quack-kernels",
     "runai-model-streamer",
     "fastsafetensors",
     "instanttensor",
