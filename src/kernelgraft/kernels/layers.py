@@ -1,5 +1,6 @@
 """The kernels of this repository: what stands after the colon in `kernelgraft.kernels:RMSNorm`."""
 
+from .linear_cross_entropy import LinearCrossEntropy
 from .rms_norm import OffsetRMSNorm, RMSNorm
 
-__all__ = ["OffsetRMSNorm", "RMSNorm"]
+__all__ = ["LinearCrossEntropy", "OffsetRMSNorm", "RMSNorm"]
