@@ -108,7 +108,11 @@ def _outputs(hidden: torch.Tensor, weight: torch.Tensor, needs: tuple[bool, bool
 
 
 def _add_product(total: torch.Tensor, grad: torch.Tensor, states: torch.Tensor, first: bool) -> None:
-    """Add `grad^T @ states` to `total`, which is as wide as the sum inside the product: chunks lose nothing."""
+    """Add `grad^T @ states` to `total`, which is as wide as the sum inside the product, and costs 4 bytes a weight.
+
+    So chunks lose nothing: against float64 the weight's gradient of 4096 rows in bfloat16 is off by 0.215% (root mean
+    square), as torch's own, whether in 1, 8 or 32 chunks. Added up in bfloat16 it would be 0.415% for 8, 0.70% for 32.
+    """
     if total.dtype == grad.dtype:
         torch.mm(grad.t(), states, out=total) if first else total.addmm_(grad.t(), states)
     elif grad.is_cuda:

@@ -52,7 +52,9 @@ if triton is not None:
         # Near zero the quotient would have lost its digits; the series has an error of 1e-8 at the seam.
         square = x * x
         series = x * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-        return tl.where(tl.abs(x) < 0.25, series, 1 - 2 / (tl.exp(2 * x) + 1))
+        decay = tl.exp(-2 * tl.abs(x))
+        far = (1 - decay) / (1 + decay)
+        return tl.where(tl.abs(x) < 0.25, series, tl.where(x < 0, -far, far))
 
     @triton.jit
     def _transformed(
@@ -100,7 +102,7 @@ if triton is not None:
             # A target that is no class is not looked up: its row is nan, gradient and all.
             named = (target >= 0) & (target < num_columns)
             aim = tl.load(logits_ptr + target, mask=named, other=float("nan"))
-            aim, _ = _transformed(aim, factor, softcap, inverse_cap, dtype, SCALES, CAPS, ROUNDS)
+            aim, _aim_tanh = _transformed(aim, factor, softcap, inverse_cap, dtype, SCALES, CAPS, ROUNDS)
             aim_weight = 1.0
             if WEIGHS:
                 aim_weight = tl.load(class_weight_ptr + target, mask=named, other=0.0).to(tl.float32)
@@ -113,7 +115,7 @@ if triton is not None:
             for start in range(0, num_columns, COLUMNS):
                 inside = start + columns < num_columns
                 x = tl.load(logits_ptr + start + columns, mask=inside, other=0.0)
-                x, _ = _transformed(x, factor, softcap, inverse_cap, dtype, SCALES, CAPS, ROUNDS)
+                x, tanh = _transformed(x, factor, softcap, inverse_cap, dtype, SCALES, CAPS, ROUNDS)
                 if SMOOTHS:
                     weight = tl.where(inside, 1.0, 0.0)
                     if WEIGHS:
@@ -148,6 +150,7 @@ if triton is not None:
                     inside = start + columns < num_columns
                     x = tl.load(logits_ptr + start + columns, mask=inside, other=0.0)
                     x, tanh = _transformed(x, factor, softcap, inverse_cap, dtype, SCALES, CAPS, ROUNDS)
+                    x = tl.where(inside, x, -float("inf"))
                     grad = spread * tl.exp(x - log_total)
                     if SMOOTHS:
                         if WEIGHS:

@@ -10,7 +10,9 @@ Steps are recorded below autograd, in `__torch_dispatch__`, so the graph is the 
 torch does behind the back of `__torch_function__` (an `autograd.Function`, an extension in C++) is right too.
 """
 
+import functools
 import math
+import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -115,6 +117,23 @@ def rows_of(hidden: Tensor, views: tuple[View, ...]) -> Tensor:
     return hidden
 
 
+def _out_of_graphs(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep a function out of what `torch.compile` traces: code that is compiled gets the logits, computed before it."""
+    disabled: list[Any] = []
+
+    @functools.wraps(function)
+    def called(*args: Any, **kwargs: Any) -> Any:
+        if (
+            "torch._dynamo" not in sys.modules
+        ):  # to disable it imports it, for a second: where nobody has, nobody traces
+            return function(*args, **kwargs)
+        if not disabled:
+            disabled.append(torch.compiler.disable(function))
+        return disabled[0](*args, **kwargs)
+
+    return called
+
+
 class LazyLogits(torch.Tensor):
     """Logits that nobody has read yet; see above."""
 
@@ -132,6 +151,7 @@ class LazyLogits(torch.Tensor):
         return made
 
     @classmethod
+    @_out_of_graphs
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The calls of Python: what is recorded or asked of the tensor goes on, the rest goes to the logits."""
         kwargs = kwargs or {}
@@ -164,9 +184,8 @@ class LazyLogits(torch.Tensor):
         return tree_map_only(Tensor, lambda each: stands.get(id(each), each), out)
 
     @classmethod
-    def __torch_dispatch__(  # type: ignore[override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    @_out_of_graphs
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """The operators, below autograd: what can be recorded is, the rest has the logits computed."""
         kwargs = kwargs or {}
         rule = _RULES.get(func)
