@@ -32,7 +32,31 @@ def test_a_class_name_applies_to_what_fusions_leave():
         "Norm": ["norm"],
     }
     assert rejected == []
-    assert collected(FUSED | {"MLP": STATELESS})[1] == [("MLP", "", "fusions have taken all of its modules over")]
+    assert collected(FUSED | {"MLP": STATELESS})[1] == [
+        ("MLP", "", "entries with paths have taken all of its modules over")
+    ]
+
+
+def test_a_module_that_is_named_by_its_path():
+    places, rejected = collected({("Norm", "layers.*.norm"): Kernel(toys.FastNorm), "Norm": STATELESS})
+    assert places == {"Norm": ["layers.0.norm", "layers.1.norm", "norm"]}
+    assert rejected == []
+    assert collected({("Linear", "layers.0.mlp.w2"): STATELESS})[0] == {"Linear": ["layers.0.mlp.w2"]}
+    assert collected({("Norm", "norm"): "", "Norm": STATELESS})[1] == []
+    # A stateless kernel leaves what is inside; a layout takes it.
+    assert collected({("Block", "layers.0"): STATELESS, "Linear": STATELESS})[1] == []
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        (("Norm", "layers.*.nrm"), r"The key \('Norm', 'layers\.\*\.nrm'\) matches no module"),
+        (("Norm", "layers.*.mlp"), "names the path but not the class"),
+    ],
+)
+def test_a_path_at_which_there_is_no_such_module(key, said):
+    with pytest.raises(PlanError, match=said):
+        collected({key: STATELESS})
 
 
 def test_what_lies_inside_a_module_that_is_taken_over_is_noted():

@@ -130,6 +130,10 @@ def test_labels():
     assert (entry.label, entry.is_fusion) == ("A", False)
     assert (fusion.label, fusion.is_fusion) == ("RMSNorm + MLP at model.layers.*.{post_attention_layernorm, mlp}", True)
     assert top.label == "X + Y at {a, b}"
+    (alone,) = KernelConfig({("Linear", "lm_head"): ""}).entries
+    assert (alone.label, alone.target, alone.is_fusion) == ("Linear at lm_head", (("Linear", "lm_head"),), False)
+    for key in (["Linear", "lm_head"], (("Linear", "lm_head"),)):
+        assert KernelConfig([(key, "")]) == KernelConfig({("Linear", "lm_head"): ""})
 
 
 # --- what it refuses --------------------------------------------------------------------------------------------------
@@ -145,15 +149,15 @@ _OTHER_PARENT = (("RMSNorm", NORM), ("MLP", "model.blocks.*.mlp"))
         (["RMSNorm"], ConfigTypeError, ["(key, value)", '{"RMSNorm"']),
         ({3: REFERENCE}, ConfigTypeError, ["3", "int", '"RMSNorm"']),
         ({"": REFERENCE}, ConfigError, ["empty"]),
-        ({"model.layers.*.mlp": REFERENCE}, ConfigError, ["no class name", "fusion only"]),
+        ({"model.layers.*.mlp": REFERENCE}, ConfigError, ["no class name", "beside a class name"]),
         ({(): REFERENCE}, ConfigError, ["empty", NORM]),
         ({((), ("MLP", "a.b")): REFERENCE}, ConfigError, ["no pair", NORM]),
-        ({("RMSNorm", NORM): REFERENCE}, ConfigError, ["single pair", NORM]),
+        ({("RMSNorm", "model.layers.*"): REFERENCE}, ConfigError, ["last segment"]),
+        ({("RMSNorm", "a b"): REFERENCE}, ConfigError, ["one whole segment"]),
         ({("RMSNorm", "MLP", "X"): REFERENCE}, ConfigTypeError, ["'RMSNorm'", "not a pair"]),
         ({(("RMSNorm", 1), ("MLP", "a.b")): REFERENCE}, ConfigTypeError, ["no text"]),
         ({(("RMSNorm", NORM, 1), ("MLP", "a.b")): REFERENCE}, ConfigError, ["no pair"]),
         ({(("", "a.x"), ("MLP", "a.b")): REFERENCE}, ConfigError, ["no class name"]),
-        ({(("RMSNorm", NORM),): REFERENCE}, ConfigError, ["one module only", "{'RMSNorm': ...}"]),
         ({_OTHER_PARENT: REFERENCE}, ConfigError, ["'model.layers.*'", "'model.blocks.*'"]),
         ({(("A", "a.x"), ("B", "a.x")): REFERENCE}, ConfigError, ["'a.x' twice"]),
         ({(("A", "a.x*"), ("B", "a.y")): REFERENCE}, ConfigError, ["'x*'", "one whole segment"]),

@@ -71,6 +71,7 @@ def test_a_file_says_what_a_dict_says(tmp_path):
     [
         KernelConfig(),
         KernelConfig({"A": ""}, fallback="reference"),
+        KernelConfig({("Linear", "lm_head"): "package.module:Name", ("MLP", "model.layers.*.mlp"): ""}),
         KernelConfig({"A": "/path/to repo:Name"}, use_local_kernel=True, inherit_mapping=False),
         KernelConfig({"A": "package.module:Name", FUSION: ("owner/repo@main:Name", {"trust_remote_code": True})}),
         KernelConfig(
@@ -119,6 +120,8 @@ def test_paths_in_a_file_start_at_its_folder(tmp_path, monkeypatch):
         ("[[kernel]]\nuse = 'a/b:C'\nreplaces='A'\nfuses=[]", ConfigError, ["table 1", "both"]),
         ("[[kernel]]\nuse = 'a/b:C'\nreplaces=['A']", ConfigTypeError, ["table 1", 'replaces = "RMSNorm"']),
         ("[[kernel]]\nuse = 'a/b:C'\nfuses='A'", ConfigTypeError, ["table 1", "fuses = "]),
+        ("[[kernel]]\nuse = 'a/b:C'\nfuses=['A', 'a.x']", ConfigTypeError, ["table 1", 'replaces = ["Linear"']),
+        ("[[kernel]]\nuse = 'a/b:C'\nreplaces=['A', 'a.*']", ConfigError, ["table 1", "last segment"]),
         ("[[kernel]]\nuse = 'a/b:C'\nfuses=[]", ConfigError, ["table 1", "empty"]),
         ("[[kernel]]\nuse = 'a/b:C'\nfuses=[['A','a.x'],['B','b.y']]", ConfigError, ["table 1", "'a' and 'b'"]),
         ("[[kernel]]\nreplaces = 'A'", ConfigTypeError, ["table 1", "there is no use"]),

@@ -73,7 +73,7 @@ def test_names_of_a_class_are_those_it_answers_to(modules):
 
 
 def test_a_fusion_claims_the_children_of_each_parent_in_the_configs_order(modules):
-    claims = matching.find_fusions(modules, [("RMSNorm", NORM), ("MLP", MLP)], "model")
+    claims = matching.find_placed(modules, [("RMSNorm", NORM), ("MLP", MLP)], "model")
     assert [claim.paths for claim in claims] == [
         (f"model.layers.{i}.post_attention_layernorm", f"model.layers.{i}.mlp") for i in range(2)
     ]
@@ -81,15 +81,15 @@ def test_a_fusion_claims_the_children_of_each_parent_in_the_configs_order(module
 
 def test_a_pattern_that_names_one_layer_claims_that_layer_only(modules):
     pairs = [("RMSNorm", NORM.replace("*", "1")), ("MLP", MLP.replace("*", "1"))]
-    (claim,) = matching.find_fusions(modules, pairs, "model")
+    (claim,) = matching.find_placed(modules, pairs, "model")
     assert claim.paths == ("model.layers.1.post_attention_layernorm", "model.layers.1.mlp")
 
 
 def test_patterns_are_tried_with_and_without_the_base_models_prefix(modules):
     short = [("RMSNorm", NORM.removeprefix("model.")), ("MLP", MLP.removeprefix("model."))]
-    assert len(matching.find_fusions(modules, short, "model")) == 2
+    assert len(matching.find_placed(modules, short, "model")) == 2
     base = {path.removeprefix("model."): module for path, module in modules.items() if path.startswith("model.")}
-    claims = matching.find_fusions(base, [("RMSNorm", NORM), ("MLP", MLP)], "model")
+    claims = matching.find_placed(base, [("RMSNorm", NORM), ("MLP", MLP)], "model")
     assert claims[0].paths == ("layers.0.post_attention_layernorm", "layers.0.mlp")
 
 
@@ -116,14 +116,14 @@ def test_patterns_are_tried_with_and_without_the_base_models_prefix(modules):
 )
 def test_what_does_not_match_is_refused_with_what_is_there(modules, pairs, said):
     with pytest.raises(PlanError) as caught:
-        matching.find_fusions(modules, pairs, "model")
+        matching.find_placed(modules, pairs, "model")
     assert all(text in str(caught.value) for text in said)
 
 
 def test_one_layer_of_another_class_is_an_error_that_names_it():
     modules = dict(tiny.model("qwen3_moe", mlp_only_layers=[1]).named_modules())
     with pytest.raises(PlanError, match=r"model\.layers\.0\.mlp.*Qwen3MoeSparseMoeBlock"):
-        matching.find_fusions(modules, [("RMSNorm", NORM), ("MLP", MLP)], "model")
+        matching.find_placed(modules, [("RMSNorm", NORM), ("MLP", MLP)], "model")
 
 
 segments = st.lists(st.sampled_from(["a", "b", "0", "12", "mlp"]), min_size=1, max_size=5)

@@ -177,7 +177,9 @@ def test_fusions_claim_first_and_single_modules_get_the_rest():
 
 def test_an_entry_whose_modules_are_all_fused_is_listed():
     found = plan_of(toys.model(), {"MLP": toys.kernel(toys.MLP.forward), toys.FUSION: fusion()})
-    assert [(r.target, r.reason) for r in found.rejected] == [("MLP", "fusions have taken all of its modules over")]
+    assert [(r.target, r.reason) for r in found.rejected] == [
+        ("MLP", "entries with paths have taken all of its modules over")
+    ]
 
 
 def test_one_module_at_two_paths_is_refused():

@@ -14,7 +14,7 @@ from kernelgraft.choosing import Chooser
 from kernelgraft.config import Entry
 from kernelgraft.errors import PlanError
 from kernelgraft.functions import called_functions, find_functions
-from kernelgraft.matching import Claim, ancestors, check_overlaps, find_fusions, find_modules, no_module_message
+from kernelgraft.matching import Claim, ancestors, check_overlaps, find_modules, find_placed, no_module_message
 
 
 @dataclass(frozen=True)
@@ -45,17 +45,17 @@ class Claims:
     device: torch.device
 
     def collect(self) -> list[Wanted]:
-        """Fusions first; a single-module entry applies to what they leave.
+        """Modules that are named by their paths first; an entry with a class name alone applies to what they leave.
 
         Raises:
             PlanError: An entry names nothing, or two that the user wrote want the same module.
         """
         wanted = []
         for entry, inherited in self.entries:
-            if entry.is_fusion:
+            if entry.has_paths:
                 pairs: Any = entry.target
-                wanted += [Wanted(claim, entry, inherited) for claim in find_fusions(self.modules, pairs, self.prefix)]
-        check_overlaps([want.claim for want in wanted])
+                wanted += [Wanted(claim, entry, inherited) for claim in find_placed(self.modules, pairs, self.prefix)]
+        check_overlaps([want.claim for want in wanted], {want.claim for want in wanted if not self._takes_over(want)})
         taken = {path for want in wanted for path in want.claim.paths}
         singles = [want for entry, inherited in self.entries for want in self._single(entry, inherited, taken)]
         singles = self._left_inside(wanted, singles)
@@ -64,7 +64,7 @@ class Claims:
         return wanted + self._without_overlaps(wanted, singles)
 
     def _single(self, entry: Entry, inherited: bool, taken: set[str]) -> list[Wanted]:
-        if entry.is_fusion:
+        if entry.has_paths:
             return []
         name = str(entry.target)
         claims = find_modules(self.modules, name)
@@ -73,12 +73,12 @@ class Claims:
             raise PlanError(no_module_message(self.modules, name, sorted(functions)))
         left = [claim for claim in claims if claim.paths[0] not in taken]
         if claims and not left:
-            self.chooser.leave(entry, "", "fusions have taken all of its modules over")
+            self.chooser.leave(entry, "", "entries with paths have taken all of its modules over")
         return [Wanted(claim, entry, inherited) for claim in left]
 
-    def _left_inside(self, fusions: list[Wanted], singles: list[Wanted]) -> list[Wanted]:
+    def _left_inside(self, placed: list[Wanted], singles: list[Wanted]) -> list[Wanted]:
         """Leave out modules that lie inside one which another kernel takes over with all its parameters."""
-        outer = {path: want for want in fusions for path in want.claim.paths}
+        outer = {path: want for want in placed if self._takes_over(want) for path in want.claim.paths}
         outer |= {want.claim.paths[0]: want for want in singles if not want.inherited and self._takes_over(want)}
         kept = []
         for want in singles:
@@ -98,7 +98,7 @@ class Claims:
         modes = self.chooser.modes(want.entry, self.device) or ()
         return any(kernel.layout is not None for _, _, kernel in modes)
 
-    def _without_overlaps(self, fusions: list[Wanted], singles: list[Wanted]) -> list[Wanted]:
+    def _without_overlaps(self, placed: list[Wanted], singles: list[Wanted]) -> list[Wanted]:
         """Leave out what a default table offers inside, or around, what was asked for."""
         if not any(want.inherited for want in singles):
             return singles
@@ -110,7 +110,7 @@ class Claims:
             for each in ancestors(path):
                 around.setdefault(each, path)
 
-        for want in (*fusions, *singles):
+        for want in (*placed, *singles):
             if not want.inherited:
                 for path in want.claim.paths:
                     ask(path)

@@ -63,6 +63,7 @@ class KernelConfig:
                 ("RMSNorm", "model.layers.*.post_attention_layernorm"),
                 ("MLP", "model.layers.*.mlp"),
             ): ("owner/my-kernel:RMSNormMLP", {"version": 2}),
+            ("Linear", "lm_head"): "kernelgraft.kernels:LinearCrossEntropy",
             "rotary_pos_emb": {"cuda": {"inference": "./rotary.py:Rotary", "training": ""}},
         })
         ```

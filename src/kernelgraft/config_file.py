@@ -9,6 +9,10 @@ use = "owner/my-kernel:CustomRMSNorm"
 version = 2
 
 [[kernel]]
+replaces = ["Linear", "lm_head"]
+use = "kernelgraft.kernels:LinearCrossEntropy"
+
+[[kernel]]
 fuses = [["RMSNorm", "model.layers.*.post_attention_layernorm"], ["MLP", "model.layers.*.mlp"]]
 use = "./my-kernel:RMSNormMLP"
 device = "cuda"
@@ -103,9 +107,10 @@ def _read_table(table: Mapping[str, Any], label: str, *, local: bool, folder: Pa
         found = "both replaces and fuses" if keys else "neither replaces nor fuses"
         raise ConfigError(f"{label} has {found}, and needs one of them. Write\n{_EXAMPLE}")
     key = table[keys[0]]
-    if (keys[0] == "replaces") != isinstance(key, str):
+    alone = isinstance(key, str) or (isinstance(key, list) and [type(part) for part in key] == [str, str])
+    if (keys[0] == "replaces") != alone:
         raise ConfigTypeError(
-            f'{label}: {keys[0]} is {key!r}. Write replaces = "RMSNorm", or '
+            f'{label}: {keys[0]} is {key!r}. Write replaces = "RMSNorm", or replaces = ["Linear", "lm_head"], or '
             f'fuses = [["RMSNorm", "model.layers.*.post_attention_layernorm"], ["MLP", "model.layers.*.mlp"]].'
         )
     text = table.get("use")
@@ -159,6 +164,14 @@ def write(config: KernelConfig, path: Path) -> None:
     path.write_text(tomli_w.dumps(content), encoding="utf-8")
 
 
+def key_of(entry: Entry) -> dict[str, Any]:
+    """What a table says of the place."""
+    if isinstance(entry.target, str):
+        return {"replaces": entry.target}
+    pairs = [list(pair) for pair in entry.target]
+    return {"fuses": pairs} if entry.is_fusion else {"replaces": pairs[0]}
+
+
 def table_of(entry: Entry, choice: Choice, folder: Path) -> dict[str, Any]:
     """One `[[kernel]]` table; paths in `folder` are relative to it.
 
@@ -171,8 +184,7 @@ def table_of(entry: Entry, choice: Choice, folder: Path) -> dict[str, Any]:
             f"The config cannot be written: {entry.label!r} uses {use_label(use)}, an object of this process "
             f"({type(use).__name__}). Name the kernel by a reference, such as './file.py:KernelName'."
         )
-    key = {"replaces": entry.target} if isinstance(entry.target, str) else {"fuses": [list(p) for p in entry.target]}
-    table: dict[str, Any] = {**key, "use": "" if use is None else text_in(use, folder)}
+    table: dict[str, Any] = {**key_of(entry), "use": "" if use is None else text_in(use, folder)}
     if use is not None:
         table.update(use.metadata)
     if choice.device is not None:

@@ -31,6 +31,8 @@ FUSION = '(("RMSNorm", "model.layers.*.post_attention_layernorm"), ("MLP", "mode
 _KEY_FORMS = f"""\
 A key is one of
   "RMSNorm"   the name of a class, or of a function
+  ("Linear", "lm_head")
+              class name and path of a module that is replaced alone
   {FUSION}
               a fusion: class name and path of each module, in the order that the layout's __init__ takes them"""
 _VALUE_FORMS = f"""\
@@ -76,7 +78,8 @@ class Entry:
     """One key of a config and everything that it may run.
 
     Attributes:
-        target: A class or function name, or the `(class name, path pattern)` pairs of a fusion.
+        target: A class or function name; or `(class name, path pattern)` pairs, one for a module that is named by its
+            path, several for a fusion.
         choices: By device and mode, no two for the same.
     """
 
@@ -86,6 +89,11 @@ class Entry:
     @property
     def is_fusion(self) -> bool:
         """Whether it takes several modules over."""
+        return self.has_paths and len(self.target) > 1
+
+    @property
+    def has_paths(self) -> bool:
+        """Whether it names its modules by their paths too."""
         return not isinstance(self.target, str)
 
     @property
@@ -95,9 +103,11 @@ class Entry:
 
 
 def target_label(target: Target) -> str:
-    """A key as a message names it: `RMSNorm`, or `RMSNorm + MLP at model.layers.*.{norm, mlp}`."""
+    """A key as a message names it: `RMSNorm`, or `RMSNorm + MLP at model.layers.*.{norm, mlp}`, or `Linear at head`."""
     if isinstance(target, str):
         return target
+    if len(target) == 1:
+        return f"{target[0][0]} at {target[0][1]}"
     parent, _, _ = target[0][1].rpartition(".")
     children = ", ".join(path.rpartition(".")[2] for _, path in target)
     return f"{' + '.join(name for name, _ in target)} at {parent + '.' if parent else ''}{{{children}}}"
@@ -187,13 +197,8 @@ def read_target(key: object) -> Target:
     if not key:
         raise ConfigError(f"The key {key!r} is empty. {_KEY_FORMS}")
     if all(isinstance(part, str) for part in key) and len(key) == 2:
-        raise ConfigError(f"The key {key!r} is a single pair, and a fusion is a tuple of pairs. {_KEY_FORMS}")
+        return (_read_pair(key, key),)
     pairs = tuple(_read_pair(pair, key) for pair in key)
-    if len(pairs) == 1:
-        raise ConfigError(
-            f"The key {key!r} fuses one module only. To replace every {pairs[0][0]!r}, write "
-            f"{{{pairs[0][0]!r}: ...}}; a fusion has two pairs or more: {FUSION}."
-        )
     _check_paths([path for _, path in pairs], key)
     return pairs
 
@@ -202,7 +207,7 @@ def _read_class_name(name: str, key: object) -> str:
     if re.fullmatch(r"[\w-]+", name):
         return name
     found = f"The key {key!r} is empty" if name == key == "" else f"{name!r} in the key {key!r} is no class name"
-    hint = f" A path stands in a fusion only: {FUSION}." if re.search(r"[.*]", name) else ""
+    hint = ' A path stands beside a class name only: ("MLP", "model.layers.*.mlp").' if re.search(r"[.*]", name) else ""
     raise ConfigError(f"{found}.{hint} {_KEY_FORMS}")
 
 
@@ -225,7 +230,7 @@ def _read_pattern(pattern: str, key: object) -> str:
     if not wrong and "*" not in segments[-1]:
         return pattern
     reason = (
-        f"ends in {segments[-1]!r}; the last segment is the name of the module that is fused"
+        f"ends in {segments[-1]!r}; the last segment is the name of the module itself"
         if not wrong
         else f"has the segment {wrong[0]!r}; '*' stands for one whole segment and '**' for any number"
         if wrong[0]

@@ -114,12 +114,12 @@ def find_modules(modules: Mapping[str, nn.Module], name: str) -> list[Claim]:
     return [Claim((path,), (name,)) for path, module in modules.items() if path and answers(type(module), name)]
 
 
-def find_fusions(modules: Mapping[str, nn.Module], pairs: Sequence[Pair], prefix: str) -> list[Claim]:
-    """One claim for each parent that has all modules of a fusion.
+def find_placed(modules: Mapping[str, nn.Module], pairs: Sequence[Pair], prefix: str) -> list[Claim]:
+    """One claim for each parent that has all modules of a fusion, or the one that is named alone.
 
     Args:
         modules: The model's modules by path.
-        pairs: `(class name, path pattern)` of each member; the patterns share their parent.
+        pairs: `(class name, path pattern)` of each module; the patterns share their parent.
         prefix: The model's `base_model_prefix`, with and without which patterns are tried; "" for none.
 
     Raises:
@@ -163,7 +163,7 @@ def _no_member(modules: Mapping[str, nn.Module], path: str, name: str, pattern: 
         parent = path.rpartition(".")[0]
         there = sorted(child for child, _ in modules[parent].named_children())
         return (
-            f"The fusion {list(pairs)} asks for {path!r}, and {parent or 'the model'!r} "
+            f"{_key(pairs)} asks for {path!r}, and {parent or 'the model'!r} "
             f"({type(modules[parent]).__name__}) has no such child. It has: {', '.join(there)}."
         )
     good = names_of(type(module))[0]
@@ -175,7 +175,7 @@ def _no_member(modules: Mapping[str, nn.Module], path: str, name: str, pattern: 
 
 
 def _nothing_matches(modules: Mapping[str, nn.Module], pairs: Sequence[Pair]) -> str:
-    lines = [f"The fusion {list(pairs)} matches no module of the model."]
+    lines = [f"{_key(pairs)} matches no module of the model."]
     for name, pattern in pairs:
         kinds = collapse_kinds(modules)
         near = difflib.get_close_matches(pattern, kinds, n=3, cutoff=0.4)
@@ -183,6 +183,10 @@ def _nothing_matches(modules: Mapping[str, nn.Module], pairs: Sequence[Pair]) ->
         spelt = ", ".join(f"({names_of(kinds[kind])[0]!r}, {kind!r})" for kind in near) or "none"
         lines.append(f"  For ({name!r}, {pattern!r}) the nearest are: {spelt}.")
     return "\n".join(lines)
+
+
+def _key(pairs: Sequence[Pair]) -> str:
+    return f"The fusion {list(pairs)}" if len(pairs) > 1 else f"The key {pairs[0]}"
 
 
 def no_module_message(modules: Mapping[str, nn.Module], name: str, functions: Sequence[str]) -> str:

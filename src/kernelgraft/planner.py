@@ -144,7 +144,7 @@ class _Planner:
         plans: list[FunctionPlan] = []
         by_path: dict[str, list[tuple[str, Chosen]]] = {}
         for entry, inherited in self.entries:
-            if entry.is_fusion:
+            if entry.has_paths:
                 continue
             found = find_functions(self.modules, str(entry.target))
             free = {path: name for path, name in found.items() if path not in taken and not _within(path, taken)}
@@ -186,7 +186,8 @@ class _Planner:
         found: dict[tuple[str, str], NearMiss] = {}
         for entry, inherited in self.entries:
             names = [entry.target] if isinstance(entry.target, str) else [name for name, _ in entry.target]
-            for name in () if inherited else names:
+            # Who names one module by its path does not mean the others of its class.
+            for name in () if inherited or (entry.has_paths and not entry.is_fusion) else names:
                 for miss in near_misses(self.modules, name, taken):
                     if not _within(miss.path, taken):
                         found.setdefault((miss.path, miss.wanted), miss)

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kernelgraft.config import KernelConfig
-from kernelgraft.config_file import read_tables, table_of, text_in
+from kernelgraft.config_file import key_of, read_tables, table_of, text_in
 from kernelgraft.entry import Choice, Entry, use_label
 from kernelgraft.errors import ConfigError
 from kernelgraft.kernel import Kernel, is_repository, use_text
@@ -58,8 +58,7 @@ def described(config: KernelConfig) -> dict[str, Any]:
         for choice in entry.choices:
             found = as_reference(choice)
             if found is None:
-                key = {"replaces": entry.target} if isinstance(entry.target, str) else {"fuses": list(entry.target)}
-                missing.append({**key, "use": use_label(choice.use)})
+                missing.append({**key_of(entry), "use": use_label(choice.use)})
             else:
                 tables.append(_table(entry, found))
     return {"config": {**config._changed_options(), "kernel": tables}, **({"not_recorded": missing} if missing else {})}
