@@ -176,30 +176,64 @@ def test_a_cache_class_of_somebody_else_is_asked(in_triton, launched):
     assert launched["rotary.launch_into"] == 0
 
 
-def test_an_attention_function_of_somebody_else_gets_what_the_original_gives_it(in_triton, launched):
+@pytest.fixture
+def registered():
+    """An attention function of somebody else, and what it got."""
     seen = []
 
     def attend(module, query, key, value, attention_mask, **kwargs):
-        seen.append((module.layer_idx, module.is_causal, module.num_key_value_groups, sorted(kwargs)))
+        seen.append((module.layer_idx, module.is_causal, module.num_key_value_groups, kwargs))
         return transformers.integrations.sdpa_attention.sdpa_attention_forward(
-            module, query, key, value, attention_mask, **kwargs
+            module, query, key, value, attention_mask, **{**kwargs, "cache": None}
         )
 
     transformers.AttentionInterface.register("of_a_test", attend)
     transformers.AttentionMaskInterface.register("of_a_test", transformers.masking_utils.sdpa_mask)
-    try:
-        plain, grafted, _ = pair("heads of 64", "of_a_test")
-        given = {"input_ids": batch()["input_ids"][:, :1]}
-        seen.clear()  # the plan's own forwards
-        wanted = logits(plain, **given)
-        of_plain, seen[:] = list(seen), []
-        torch.testing.assert_close(logits(grafted, **given), wanted)
-    finally:
-        del transformers.AttentionInterface._global_mapping["of_a_test"]
-        del transformers.AttentionMaskInterface._global_mapping["of_a_test"]
-    assert seen == of_plain
-    assert len(seen) == NUM_LAYERS
+    yield seen
+    del transformers.AttentionInterface._global_mapping["of_a_test"]
+    del transformers.AttentionMaskInterface._global_mapping["of_a_test"]
+
+
+def test_an_attention_function_of_somebody_else_gets_what_the_original_gives_it(in_triton, launched, registered):
+    plain, grafted, _ = pair("heads of 64", "of_a_test")
+    given = {"input_ids": batch()["input_ids"][:, :1]}
+    registered.clear()  # the plan's own forwards
+    wanted = logits(plain, **given)
+    torch.testing.assert_close(logits(grafted, **given), wanted)
+    of_plain, of_grafted = (
+        [(*module, sorted(kwargs)) for *module, kwargs in half] for half in (registered[:2], registered[2:])
+    )
+    assert of_grafted == of_plain
+    assert len(of_plain) == NUM_LAYERS
     assert launched["one_token_attention.launch"] == 0
+
+
+def test_a_paged_cache_goes_where_the_original_hands_it(registered):
+    """To its own update, or in an older Transformers to the attention function."""
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    class Paged(PagedAttentionCache):
+        def __init__(self):
+            self.updates = []
+
+        def update(self, key_states, value_states, layer_idx, kwargs):
+            self.updates.append((layer_idx, sorted(kwargs)))
+            return key_states, value_states
+
+    plain, grafted, _ = pair("llama", "of_a_test")
+    x = torch.randn(1, 3, 32, device=DEVICE)
+    angles = plain.model.rotary_emb(x, torch.arange(3, device=DEVICE)[None])
+    found = []
+    for model in (plain, grafted):
+        layer, paged = model.model.layers[1], Paged()
+        registered.clear()
+        with torch.no_grad():
+            out, _ = layer.self_attn(layer.input_layernorm(x), angles, None, cache=paged, block=3)
+        ((*_, kwargs),) = registered
+        found.append((out, paged.updates, sorted(kwargs), kwargs.get("cache") is paged))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    assert found[1][1:] == found[0][1:]
+    assert found[0][1] or found[0][3]
 
 
 def original_gradients(model, graft=None, kind="llama"):

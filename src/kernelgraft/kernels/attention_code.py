@@ -19,10 +19,10 @@ from torch import nn
 from . import rms_norm, rotary
 
 _ALWAYS = frozenset(
-    {"shape", "head_dim", "q_proj", "k_proj", "v_proj", "o_proj", "view", "transpose", "apply_rotary_pos_emb", "update"}
-    | {"layer_idx", "ALL_ATTENTION_FUNCTIONS", "get_interface", "config", "_attn_implementation"}
+    {"shape", "head_dim", "q_proj", "k_proj", "v_proj", "o_proj", "view", "transpose", "apply_rotary_pos_emb"}
+    | {"update", "layer_idx", "ALL_ATTENTION_FUNCTIONS", "get_interface", "config", "_attn_implementation"}
     | {"eager_attention_forward", "training", "attention_dropout", "scaling", "reshape", "contiguous"}
-)  # fmt: skip
+)
 _SOMETIMES = frozenset({"q_norm", "k_norm", "sliding_window", "getattr"})
 _WRITTEN = frozenset({"dropout", "scaling", "kwargs", "sliding_window"})
 _NUM_BRANCHES = 2  # is there a cache; does it train

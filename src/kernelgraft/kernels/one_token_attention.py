@@ -27,13 +27,13 @@ MAX_SPLITS = 64
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["num_keys", "num_splits", "window", "mask_batch", "mask_head", "k_batch", "v_batch"])
+    @triton.jit(do_not_specialize=["num_keys", "num_splits", "window", "mask_batch", "mask_head"])
     def _attend_split(
         q_ptr, k_ptr, v_ptr, mask_ptr, length_ptr, out_ptr, sums_ptr, stats_ptr,
         num_kv_heads, num_queries, num_keys, num_splits, window, scale,
         q_batch, q_head, k_batch, k_head, k_token, v_batch, v_head, v_token, mask_batch, mask_head, length_batch,
-        MASK: tl.constexpr, LIMITED: tl.constexpr, WINDOWED: tl.constexpr, WHOLE: tl.constexpr, UPCAST: tl.constexpr,
-        DIM: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+        MASK: tl.constexpr, PER_HEAD: tl.constexpr, LIMITED: tl.constexpr, WINDOWED: tl.constexpr, WHOLE: tl.constexpr,
+        UPCAST: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
         batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
         kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
@@ -58,10 +58,14 @@ if triton is not None:
             keys = block * KEYS + tl.arange(0, KEYS)
             seen = (keys >= start) & (keys < end)
             at = keys.to(tl.int64)
-            allowed = (queries >= 0)[:, None] & seen[None, :]
+            allowed = seen[None, :]
             if MASK != 0:
-                mask_at = mask_ptr + batch * mask_batch + (head * mask_head)[:, None] + at[None, :]
-                there = (queries < num_queries)[:, None] & seen[None, :]
+                # Nearly always one for all heads, and then read once and not for each query.
+                mask_at = mask_ptr + batch * mask_batch + at[None, :]
+                there = seen[None, :]
+                if PER_HEAD:
+                    mask_at += (head * mask_head)[:, None]
+                    there = (queries < num_queries)[:, None] & seen[None, :]
                 if MASK == 1:
                     allowed = tl.load(mask_at, mask=there, other=0) != 0
                 else:
@@ -199,8 +203,8 @@ def launch(
         num_kv_heads, num_queries, num_keys, splits, window or 0, scale,
         q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *mask_strides,
         length.stride(0) if length is not None and length.numel() > 1 else 0,
-        MASK=mask_kind, LIMITED=length is not None, WINDOWED=window is not None, WHOLE=whole,
-        UPCAST=device.INTERPRETED, DIM=dim, COLUMNS=columns,
+        MASK=mask_kind, PER_HEAD=mask_strides[1] != 0, LIMITED=length is not None, WINDOWED=window is not None,
+        WHOLE=whole, UPCAST=device.INTERPRETED, DIM=dim, COLUMNS=columns,
         # The matrix units take 16 rows at least; with fewer queries the rest are zeros.
         QUERIES=max(16, triton.next_power_of_2(num_queries)), KEYS=chosen.keys,
         num_warps=chosen.num_warps, num_stages=chosen.num_stages,

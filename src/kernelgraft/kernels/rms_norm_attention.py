@@ -180,18 +180,14 @@ class RMSNormAttention(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values: Any = None,
-        *,
-        cache: Any = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, H) to (B, T, H), and the attention's weights where the implementation gives them."""
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-        if self.names_cache:
-            past_key_values = cache if cache is not None else past_key_values
-        elif cache is not None:  # of the older Transformers: a paged cache, which is for the attention function
-            kwargs["cache"] = cache
+        if not self.names_cache and past_key_values is not None and _is_paged(past_key_values):
+            past_key_values, kwargs["cache"] = None, past_key_values
         q, k, v = _states(self, hidden_states, position_embeddings, past_key_values, kwargs)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention_forward)
         dropout = self.attention_dropout if self.training else 0.0
@@ -203,6 +199,13 @@ class RMSNormAttention(nn.Module):
             )
         out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
         return F.linear(out, self.o_proj.weight, self.o_proj.bias), weights
+
+
+def _is_paged(cache: Any) -> bool:
+    """Whether it is the one that older versions of Transformers leave to the attention function, as `cache`."""
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    return isinstance(cache, PagedAttentionCache)
 
 
 def _states(
