@@ -15,8 +15,8 @@ from benchmarks.kernels import measure, ours, qwen3
 from benchmarks.kernels.measure import Ready, Work, compiled
 
 CONTEXT = 512
-COPIES = {"0.6b": 6, "8b": 2}
-"""Layers in a graph: 190 and 770 MB of weights, three times an H200's L2 at least."""
+COPIES = {"0.6b": 8, "8b": 4}
+"""Layers in a graph: 250 MB and 1.5 GB of weights, four times an H200's L2 at least."""
 
 PREFILL = (4, 2048)
 
@@ -54,6 +54,7 @@ def _decode(asked: argparse.Namespace, size: str) -> Work:
         bytes=weights + cached,
         units=copies,
         graph=True,
+        reads=True,
     )
 
 

@@ -28,8 +28,11 @@ SHAPES = (
 )
 TINY = ((1, 32, 48, True), (9, 32, 48, False))
 
-COPIES_BYTES = 3 * 60_000_000
-"""A graph goes through so many bytes of weights at least, three times an H200's L2, so that none is there already."""
+COPIES_BYTES, MOST_COPIES = 1_200_000_000, 16
+"""A graph goes through so many bytes of weights, many times an L2 cache, as long as that is not too many blocks."""
+
+FEW = 64
+"""So many tokens at most write nothing beside the weights that are read."""
 
 FUSION = (("RMSNorm", "norm"), ("MLP", "mlp"))
 
@@ -71,7 +74,7 @@ def _work(asked: argparse.Namespace, tokens: int, hidden: int, intermediate: int
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate}
     config = qwen3.config("0.6b", asked, **sizes)
     weights = 3 * hidden * intermediate * 2
-    copies = 1 if not graph or asked.tiny else -(-COPIES_BYTES // weights)
+    copies = 1 if not graph or asked.tiny else min(-(-COPIES_BYTES // weights), MOST_COPIES)
     blocks = [_block(config, asked) for _ in range(copies)]
     x = torch.randn(1, tokens, hidden, device=asked.device).to(DTYPE)
 
@@ -104,6 +107,7 @@ def _work(asked: argparse.Namespace, tokens: int, hidden: int, intermediate: int
         operations=2 * 3 * tokens * hidden * intermediate,
         units=copies,
         graph=graph,
+        reads=tokens <= FEW,
     )
 
 

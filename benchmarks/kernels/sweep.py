@@ -4,8 +4,8 @@ r"""Launch settings of a kernel, tried one after another: thresholds are chosen 
         --set rows=1,2 --set num_warps=4,8,16
 
 The works are those of the row's script, and what varies is what `kernelgraft.kernels.<module>.<function>` answers: a
-frozen dataclass, some of whose fields are replaced. What is wrong or does not launch is listed with its reason. What is
-there without a change is measured first and last.
+frozen dataclass, some of whose fields are replaced; with `--where gated=True` only in calls that have such an argument.
+What is wrong or does not launch is listed with its reason. What is there without a change is measured first and last.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import ast
 import dataclasses
 import fnmatch
 import importlib
+import inspect
 import itertools
 import json
 import sys
@@ -35,13 +36,18 @@ Changes = dict[str, Any]
 class Swept:
     """A function that answers settings, with some of them replaced.
 
+    Args:
+        module: Where it stands.
+        function: Its name.
+        where: Arguments that a call must have for its answer to be replaced.
+
     Attributes:
-        calls: How often it was asked.
-        answers: What it answered, replaced.
+        calls: How often it was asked so.
+        answers: What it answered then, replaced.
     """
 
-    def __init__(self, module: Any, function: str) -> None:
-        self.module, self.function = module, function
+    def __init__(self, module: Any, function: str, where: Changes) -> None:
+        self.module, self.function, self.where = module, function, where
         self.calls = 0
         self.answers: list[Any] = []
 
@@ -50,8 +56,12 @@ class Swept:
         """Inside the block it answers so."""
         real = getattr(self.module, self.function)
         self.calls, self.answers = 0, []
+        signature = inspect.signature(real)
 
         def settings(*args: Any, **kwargs: Any) -> Any:
+            asked = signature.bind(*args, **kwargs).arguments
+            if any(asked[name] != value for name, value in self.where.items()):
+                return real(*args, **kwargs)
             self.calls += 1
             answer = dataclasses.replace(real(*args, **kwargs), **changes)
             if answer not in self.answers:
@@ -72,16 +82,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument("--module", required=True, help="of kernelgraft.kernels, whose settings are swept")
     made.add_argument("--function", default="settings")
     made.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE,...", help="values that are tried")
+    made.add_argument("--where", action="append", default=[], metavar="ARGUMENT=VALUE", help="only calls with these")
     made.add_argument("--variant", default="ours", help="which variant of the works runs the kernel")
     made.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds after which no other setting is tried"
     )
     asked = measure.completed(made, "sweep", arguments)
-    swept = Swept(importlib.import_module(f"kernelgraft.kernels.{asked.module}"), asked.function)
+    module = importlib.import_module(f"kernelgraft.kernels.{asked.module}")
+    where = {name: values[0] for name, values in _fields(asked.where).items()}
+    swept = Swept(module, asked.function, where)
     works = importlib.import_module(f"benchmarks.kernels.{asked.row}").works(asked)
     described, found = machine.describe(), []
     end = time.monotonic() + asked.budget
-    with measure.compiling(), _clock.clock_on(torch.device(asked.device)) as clock:
+    with measure.compiling(), measure.clock_on(torch.device(asked.device)) as clock:
         copied = clock.machine(measure.DTYPE).copy_bandwidth
         for work in works:
             if fnmatch.fnmatchcase(work.name, asked.only):
@@ -94,7 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     now = datetime.now(UTC)
     asked.out.mkdir(parents=True, exist_ok=True)
     file = asked.out / f"{now:%Y-%m-%d}-{machine.slug(described)}-sweep.jsonl"
-    common = {"module": asked.module, "command": asked.command, "date": now.isoformat(timespec="seconds")}
+    common = {
+        "module": asked.module,
+        "where": where,
+        "command": asked.command,
+        "date": now.isoformat(timespec="seconds"),
+    }
     with file.open("a") as handle:
         handle.writelines(json.dumps({**line, **common, "machine": described}) + "\n" for line in found)
     print(file)
@@ -103,16 +121,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _grid(given: Sequence[str]) -> list[Changes]:
     """All combinations, with none at the start and at the end."""
-    fields = {}
-    for each in given:
-        name, _, values = each.partition("=")
-        fields[name] = [ast.literal_eval(value) for value in values.split(",")]
+    fields = _fields(given)
     grid = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
     return [{}, *(changes for changes in grid if changes), {}]
 
 
+def _fields(given: Sequence[str]) -> dict[str, list[Any]]:
+    """From name=value,value."""
+    pairs = (each.partition("=") for each in given)
+    return {name: [ast.literal_eval(value) for value in values.split(",")] for name, _, values in pairs}
+
+
 def _tried(
-    work: Work, changes: Changes, swept: Swept, clock: _clock.Clock, asked: argparse.Namespace
+    work: Work, changes: Changes, swept: Swept, clock: measure.Clock, asked: argparse.Namespace
 ) -> dict[str, Any]:
     """One setting: checked, then timed."""
     line: dict[str, Any] = {"work": work.name, "changes": changes}
@@ -133,6 +154,7 @@ def _tried(
                 ready.call()
             ready.before()
             writes = clock.writes_ahead_of(ready.call)
+            clock.clean = work.reads and clock.is_cuda
             for _ in range(asked.repeats):
                 ready.before()
                 times.append(clock.milliseconds(ready.call, writes))
@@ -143,6 +165,8 @@ def _tried(
                 line["gb_s"] = work.bytes * work.units / (timing.median / 1e3) / 1e9
     except Exception as error:  # a setting that does not launch is an answer too
         line["error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"[:200]
+    finally:
+        clock.clean = False
     return line
 
 

@@ -303,16 +303,21 @@ def test_the_sweep_tries_settings(tmp_path, monkeypatch, capsys):
     pytest.importorskip("triton")
     device = importlib.import_module("kernelgraft.kernels.device")
     monkeypatch.setattr(device, "in_triton", lambda x: True)
+    norms = "rms_norm_kernels" if importlib.util.find_spec("kernelgraft.kernels.rms_norm_kernels") else "rms_norm"
     on = "cuda" if torch.cuda.is_available() else "cpu"
     options = ["--tiny", "--device", on, "--out", str(tmp_path), "--only", "3x64 forward", "--repeats", "1"]
-    code = script("sweep").main(["rms_norm", "--module", "rms_norm", "--set", "rows=1,2", "--set", "no=3", *options])
-    assert code == 0
-    assert "unexpected keyword argument 'no'" in capsys.readouterr().out
-    code = script("sweep").main(["rms_norm", "--module", "rms_norm", "--set", "rows=1,2", *options])
+    sweep = ["rms_norm", "--module", norms, "--set", "rows=1,2"]
+    code = script("sweep").main([*sweep, *options])
     assert code == 0
     (file,) = tmp_path.iterdir()
-    rows = [json.loads(line) for line in file.read_text().splitlines()][-4:]
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["changes"] for row in rows] == [{}, {"rows": 1}, {"rows": 2}, {}]
     for row in rows:
         assert row["median_us"] > 0
     assert "rows=2" in rows[2]["settings"][0]
+    assert "as it is" in capsys.readouterr().out
+
+    assert script("sweep").main([*sweep, "--set", "no=3", *options]) == 0
+    assert "unexpected keyword argument 'no'" in capsys.readouterr().out
+    assert script("sweep").main([*sweep, "--where", "backward=True", *options]) == 1
+    assert "settings was not asked" in capsys.readouterr().out
