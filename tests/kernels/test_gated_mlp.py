@@ -3,7 +3,6 @@
 import pytest
 import torch
 from drawn import DEVICE, DTYPES, close, tensor
-from torch import nn
 
 import kernelgraft
 from kernelgraft.errors import PlanError
@@ -180,10 +179,3 @@ def test_another_activation_is_refused():
         kernelgraft.graft(tiny.model("llama"), {"MLP": "kernelgraft.kernels:GeGLUMLP"})
     with pytest.raises(PlanError, match=r"activation has to be silu, and its act_fn is ReLU\(\)"):
         kernelgraft.graft(tiny.model("llama", hidden_act="relu"), {"MLP": "kernelgraft.kernels:SwiGLUMLP"})
-
-
-def test_another_norm_is_refused():
-    from kernelgraft.kernels.rms_norm_mlp import kind_of
-
-    with pytest.raises(ValueError, match="LayerNorm does not compute the RMS norm"):
-        kind_of(nn.LayerNorm(8))

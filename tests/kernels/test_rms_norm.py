@@ -180,6 +180,23 @@ def test_what_it_does_not_take_is_said():
     assert op.RMSNormLayout.supports(torch.empty(2, 4, dtype=torch.bfloat16)) is True
 
 
+@pytest.mark.transformers
+def test_a_norm_is_told_by_what_it_does():
+    import tiny
+
+    found = {kind: op.kind_of(tiny.model(kind).get_submodule("model.norm")) for kind in ("llama", "qwen3", "gemma3")}
+    llama, gemma = op.Kind(1e-6, 0.0, True), op.Kind(1e-6, 1.0, False)
+    assert found == {"llama": llama, "qwen3": llama, "gemma3": gemma}
+    for other in (
+        torch.nn.LayerNorm(8),
+        torch.nn.BatchNorm1d(8),
+        torch.nn.Linear(8, 8),
+        tiny.model("cohere").model.norm,
+    ):
+        with pytest.raises(ValueError, match=f"{type(other).__name__} does not compute the RMS norm of Llama"):
+            op.kind_of(other)
+
+
 MODELS = {"llama": ("RMSNorm", 5), "qwen3": ("RMSNorm", 9), "gemma3": ("OffsetRMSNorm", 13)}
 
 

@@ -40,8 +40,7 @@ def pair(name, implementation="sdpa", dtype=torch.float32, **changes):
     plain, grafted = (tiny.model(kind, **{**own, **changes}).to(DEVICE, dtype) for _ in range(2))
     for model in (plain, grafted):
         model.set_attn_implementation(implementation)
-    kernel = "OffsetRMSNormAttention" if kind == "gemma3" else "RMSNormAttention"
-    graft = kernelgraft.graft(grafted, {FUSION: f"kernelgraft.kernels:{kernel}"})
+    graft = kernelgraft.graft(grafted, {FUSION: "kernelgraft.kernels:RMSNormAttention"})
     assert len(graft.plan.sites) == NUM_LAYERS
     return plain, grafted, graft
 
@@ -294,6 +293,7 @@ def test_compiled_in_one_piece(name, triton, request):
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 def test_decoding_compiled_in_one_piece(kind, in_triton, launched):
+    torch._dynamo.reset()  # code that other tests have compiled counts towards the limit
     plain, grafted, _ = pair("heads of 64")
     found = []
     for model in (plain, grafted):
@@ -361,18 +361,11 @@ def test_norms_over_all_heads_are_refused():
     assert "q_norm is over (32,) numbers, and the kernel's norm is over one head of 8" in refusal(with_attention(widen))
 
 
-def test_a_norm_of_the_other_kind_is_refused():
-    assert "is another norm than x / rms(x) * (0 + weight), rounded before" in refusal(tiny.model("gemma3"))
-    assert "is another norm than x / rms(x) * (1 + weight), rounded after" in refusal(
-        tiny.model("qwen3"), "OffsetRMSNormAttention"
-    )
-
-
 def test_what_is_no_rms_norm_is_refused():
     def norm_of_layer(attention):
         attention.k_norm = nn.LayerNorm(8)
 
-    assert "k_norm (LayerNorm) is no RMS norm" in refusal(with_attention(norm_of_layer))
+    assert "LayerNorm does not compute the RMS norm" in refusal(with_attention(norm_of_layer))
 
 
 def test_a_bias_in_part_is_refused():
@@ -418,7 +411,7 @@ def test_a_rotation_of_neighbours_is_refused():
 
 
 def test_what_it_does_not_take_is_said():
-    supports = rms_norm_attention.RMSNormAttention.supports
+    supports = rms_norm_attention.RMSNormAttentionLayout.supports
     x, angles = torch.empty(2, 3, 8), (torch.empty(1, 3, 4), torch.empty(1, 3, 4))
     assert supports(x, angles, None) is True
     assert "and not (3, 8)" in supports(x[0], angles)

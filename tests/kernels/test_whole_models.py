@@ -18,11 +18,20 @@ def reference(name):
     return f"kernelgraft.kernels:{name}"
 
 
-def configs():
-    yield "norms", {"RMSNorm": reference("RMSNorm")}
-
-
-CONFIGS = dict(configs())
+HEAD = {("Linear", "lm_head"): reference("LinearCrossEntropy")}
+ATTENTION = (("RMSNorm", "model.layers.*.input_layernorm"), ("Attention", "model.layers.*.self_attn"))
+MLP = (("RMSNorm", "model.layers.*.post_attention_layernorm"), ("MLP", "model.layers.*.mlp"))
+CONFIGS = {
+    "members": {"RMSNorm": reference("RMSNorm"), "MLP": reference("SwiGLUMLP"), **HEAD},
+    "fusions": {
+        ATTENTION: reference("RMSNormAttention"),
+        MLP: reference("RMSNormMLP"),
+        "RMSNorm": reference("RMSNorm"),
+        **HEAD,
+    },
+    "layers": {"DecoderLayer": reference("DecoderLayer"), "RMSNorm": reference("RMSNorm"), **HEAD},
+}
+"""A model's kernels, from the smallest that can stand alone to whole layers."""
 
 
 def losses(model, seed, steps=200):
@@ -47,29 +56,30 @@ def model_of(seed):
 
 @pytest.fixture(scope="module")
 def eager():
-    """By seed, the losses of the model alone, and how far those go apart whose first weights differ by a rounding."""
-    found = {}
+    """By seed, the losses of the model alone; and how far they go apart for first weights that differ by a rounding."""
+    found, noise = {}, []
     for seed in range(3):
         alone = losses(model_of(seed), seed)
         other = model_of(seed)
         with torch.no_grad():
             for parameter in other.parameters():
                 parameter.mul_(1 + torch.finfo(parameter.dtype).eps)
-        found[seed] = alone, (losses(other, seed) - alone).abs().mean()
-    return found
+        found[seed] = alone
+        noise.append((losses(other, seed) - alone).abs().mean())
+    return found, max(noise)
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("name", CONFIGS)
 def test_200_steps_of_training(name, seed, eager):
-    alone, noise = eager[seed]
+    alone, noise = eager[0][seed], eager[1]
     assert alone[-20:].mean() < 0.7 * alone[:5].mean()
     model = model_of(seed)
     with kernelgraft.graft(model, KernelConfig(CONFIGS[name])) as graft:
         found = losses(model, seed)
         assert graft.calls.kernel >= 200
         assert graft.calls.reference == 0
-    assert (found - alone).abs().mean() <= 2 * noise + 1e-6
+    assert (found - alone).abs().mean() <= 2 * noise
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -1,22 +1,21 @@
 """What an attention module of Transformers computes, read off its code: whether a kernel may stand for it.
 
 Hundreds of classes have the same four projections, and some of them clip, gate, scale or leave out the rotation. What
-such a forward does besides Llama's shows in the names that it reads and in its branches; how it rotates and normalizes
-is tried on a few numbers.
+such a forward does besides Llama's shows in the names that it reads and in its branches; how it rotates is tried on a
+few numbers.
 """
 
-import copy
 import dis
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import CodeType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from . import rms_norm, rotary
+from . import rotary
 
 _ALWAYS = frozenset(
     {"shape", "head_dim", "q_proj", "k_proj", "v_proj", "o_proj", "view", "transpose", "apply_rotary_pos_emb"}
@@ -45,6 +44,42 @@ class Calls:
     hands_kwargs_on: bool
 
 
+class Library(NamedTuple):
+    """What attention needs of Transformers, whose models alone have such attention.
+
+    Attributes:
+        functions: The attention functions by implementation.
+        sdpa: That of "sdpa".
+        cache: The class of caches.
+        static_layer: The class of their layers of a fixed length.
+        paged: The class that older versions leave to the attention function, as `cache`.
+    """
+
+    functions: Any
+    sdpa: Callable[..., Any]
+    cache: Any
+    static_layer: Any
+    paged: Any
+
+
+def library() -> Library:
+    """What is there in Transformers.
+
+    Raises:
+        ImportError: It is not installed, or has not these.
+    """
+    try:
+        from transformers.cache_utils import Cache, StaticLayer
+        from transformers.generation.continuous_batching.cache import PagedAttentionCache
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    except ImportError as error:
+        raise ImportError(
+            f"this kernel stands for an attention of Transformers 5.22.2 or newer, and there is none: {error}"
+        ) from error
+    return Library(ALL_ATTENTION_FUNCTIONS, sdpa_attention_forward, Cache, StaticLayer, PagedAttentionCache)
+
+
 def calls_of(attention: nn.Module) -> Calls:
     """Read an attention module's forward.
 
@@ -71,9 +106,7 @@ def calls_of(attention: nn.Module) -> Calls:
     if "q_norm" in names and code.co_names.index("q_norm") > code.co_names.index("apply_rotary_pos_emb"):
         raise ValueError(f"{name}.forward normalizes after the rotation, and the kernel does before")
     globals_of = forward.__globals__
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    if globals_of["ALL_ATTENTION_FUNCTIONS"] is not ALL_ATTENTION_FUNCTIONS:
+    if globals_of["ALL_ATTENTION_FUNCTIONS"] is not library().functions:
         raise ValueError(f"{name} has attention functions of its own instead of those of Transformers")
     _check_rotation(name, globals_of["apply_rotary_pos_emb"])
     options = {}
@@ -100,32 +133,3 @@ def _check_rotation(name: str, apply: Callable[..., Any]) -> None:
         found = apply(q, k, cos, sin)
     if not all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True)):
         raise ValueError(f"{name} rotates in another order than the two halves of a head")
-
-
-def epsilon_of(norm: nn.Module, what: str, offset: float, rounds_first: bool) -> float:
-    """The epsilon of an RMS norm.
-
-    Args:
-        norm: A module with a weight.
-        what: What it is called in a message.
-        offset: As in `rms_norm`.
-        rounds_first: As in `rms_norm`.
-
-    Raises:
-        ValueError: The norm is not the one that `rms_norm` computes with these arguments.
-    """
-    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
-    if not isinstance(eps, float) or [*norm._parameters] != ["weight"]:
-        raise ValueError(f"{what} ({type(norm).__name__}) is no RMS norm with a weight and an epsilon")
-    x = torch.linspace(-2, 3, 64, device="cpu").bfloat16()
-    weight = torch.linspace(0.4, 1.7, 64, device="cpu").bfloat16()
-    twin = copy.copy(norm)
-    twin.__dict__ = {**vars(norm), "_parameters": {"weight": weight}}
-    with torch.no_grad():
-        found = type(norm).forward(twin, x)
-    if not torch.equal(found, rms_norm.reference(x, weight, eps, offset, rounds_first)):
-        raise ValueError(
-            f"{what} ({type(norm).__name__}) is another norm than x / rms(x) * ({offset:g} + weight), rounded "
-            f"{'before' if rounds_first else 'after'} the weight"
-        )
-    return eps

@@ -180,31 +180,43 @@ class Kind(NamedTuple):
     rounds_first: bool
 
 
-def kind_of(norm: nn.Module) -> Kind | None:
-    """What a norm of a model computes, or `None` if it is no RMS norm with a weight.
+def kind_of(norm: nn.Module) -> Kind:
+    """What a norm of a model computes.
 
     It is told by what it does: its own forward, on eight numbers and a weight of as many, must give what the formula
     gives, in float32 and, bit for bit, in bfloat16, where it shows at which point it rounds.
+
+    Raises:
+        ValueError: It is no RMS norm with a weight that this kernel knows.
     """
-    eps = getattr(norm, "variance_epsilon", None) or getattr(norm, "eps", None)
-    if not isinstance(eps, float) or getattr(norm, "weight", None) is None:
-        return None
-    small = copy.copy(norm)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
     x = torch.tensor([[0.3, -1.7, 2.9, 0.011, -0.5, 1.3, -3.1, 0.77]], device="cpu")
     weight = torch.tensor([0.6, 1.4, 0.9, 1.1, 0.73, 1.27, 0.52, 1.03], device="cpu")
-    for offset in (0.0, 1.0):
-        for rounds_first in (True, False):
-            wanted, found = [], []
-            for dtype in (torch.float32, torch.bfloat16):
-                small._parameters = {"weight": nn.Parameter(weight.to(dtype), requires_grad=False)}
-                try:
-                    found.append(small.forward(x.to(dtype)))
-                except Exception:  # of another call
-                    return None
-                wanted.append(reference(x.to(dtype), weight.to(dtype), eps, offset, rounds_first))
-            if torch.allclose(found[0], wanted[0], rtol=1e-6, atol=1e-7) and torch.equal(found[1], wanted[1]):
-                return Kind(eps, offset, rounds_first)
-    return None
+    if isinstance(eps, float) and [*norm._parameters] == ["weight"]:
+        wide, narrow = (_tried(norm, x.to(dtype), weight.to(dtype)) for dtype in (torch.float32, torch.bfloat16))
+        for kind in (Kind(eps, offset, rounds_first) for offset in (0.0, 1.0) for rounds_first in (True, False)):
+            # In float32 the order of additions is the norm's own.
+            exact = reference(x, weight, *kind)
+            if wide is not None and wide.shape == x.shape and torch.allclose(wide, exact, rtol=1e-6, atol=1e-7):
+                rounded = reference(x.bfloat16(), weight.bfloat16(), *kind)
+                if narrow is not None and torch.equal(narrow, rounded):
+                    return kind
+    raise ValueError(
+        f"{type(norm).__name__} does not compute the RMS norm of Llama, weight * x / sqrt(mean(x^2) + eps), or of "
+        f"Gemma, whose scale is 1 + weight"
+    )
+
+
+def _tried(norm: nn.Module, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+    """What a norm's forward makes of `x` with another weight, if it can be called so."""
+    small = copy.copy(norm)
+    small.__dict__ = {**vars(norm), "_parameters": {"weight": weight}}
+    try:
+        with torch.no_grad():
+            y = type(norm).forward(small, x)
+    except Exception:  # a norm of another call
+        return None
+    return y if isinstance(y, torch.Tensor) else None
 
 
 class RMSNormLayout(nn.Module):

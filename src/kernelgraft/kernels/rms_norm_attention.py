@@ -8,46 +8,34 @@ Shapes: x and y (B, T, H), norm_weight (H), qkv_proj ((N + 2 K) * D, H), o_proj 
 K key and value heads, cos and sin (B or 1, T, D).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from . import attention_code, device
+from .attention_code import Library
+from .few_tokens import Norm, product
+from .gated_mlp import linear
 from .one_token_attention import one_token_attention
 from .one_token_attention import refusal as one_token_refusal
-from .rms_norm import MAX_COLUMNS, rms_norm
+from .rms_norm import Kind, kind_of
+from .rms_norm_kernels import MAX_COLUMNS
 from .rotary import rotate, rotate_into
 from .rotary_kernels import dtypes
 
 
-def project(
-    x: torch.Tensor,
-    norm_weight: torch.Tensor,
-    eps: float,
-    offset: float,
-    rounds_first: bool,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """`F.linear(rms_norm(x, norm_weight, ...), weight, bias)`."""
-    return F.linear(rms_norm(x, norm_weight, eps, offset, rounds_first), weight, bias)
-
-
-def _static_layer(cache: Any, layer_idx: int, qkv: torch.Tensor, dtype: torch.dtype) -> Any:
+def _static_layer(library: Library, cache: Any, layer_idx: int, qkv: torch.Tensor, dtype: torch.dtype) -> Any:
     """The layer of a static cache that a kernel can write into; `None` if it must be left to the cache's `update`.
 
     What `StaticLayer.update` does is known: it writes at `cumulative_length`, a tensor on the device, which it
     increments in place. A class that overrides any of it, a layer on its way to another device, and what has a gradient
     are left to their own code.
     """
-    from transformers.cache_utils import Cache, StaticLayer
-
-    if cache is None or type(cache).update is not Cache.update or cache.offloading or len(cache.layers) <= layer_idx:
+    if cache is None or type(cache).update is not library.cache.update or cache.offloading:
         return None
-    layer = cache.layers[layer_idx]
-    if type(layer) is not StaticLayer or not layer.is_initialized:
+    layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
+    if type(layer) is not library.static_layer or not layer.is_initialized:
         return None
     keys, values, length = layer.keys, layer.values, layer.cumulative_length
     fits = keys.dtype == dtype and values.dtype == qkv.dtype and keys.shape[0] == values.shape[0] == qkv.shape[0]
@@ -61,8 +49,7 @@ class RMSNormAttentionLayout(nn.Module):
     """The parameters of `RMSNormAttention`: made from the two modules that it takes over."""
 
     host = "self_attn"
-    offset, rounds_first = 0.0, True
-    packing = {  # noqa: RUF012
+    packing: ClassVar[dict[str, Any]] = {
         "norm_weight": "norm.weight",
         "qkv_proj.weight": ["attention.q_proj.weight", "attention.k_proj.weight", "attention.v_proj.weight"],
         "qkv_proj.bias": ["attention.q_proj.bias", "attention.k_proj.bias", "attention.v_proj.bias"],
@@ -71,6 +58,19 @@ class RMSNormAttentionLayout(nn.Module):
         "q_norm_weight": "attention.q_norm.weight",
         "k_norm_weight": "attention.k_norm.weight",
     }
+
+    @staticmethod
+    def supports(hidden_states: torch.Tensor, position_embeddings: Any = None, *_: Any, **__: Any) -> bool | str:
+        """Hidden states (B, T, H) in bfloat16, float16 or float32, and angles without a gradient."""
+        if hidden_states.ndim != 3:
+            return f"hidden states are (B, T, H), and not {tuple(hidden_states.shape)}"
+        if hidden_states.shape[-1] > MAX_COLUMNS:
+            return f"its norm takes rows of up to {MAX_COLUMNS} numbers, and not {hidden_states.shape[-1]}"
+        if position_embeddings is None or any(each.ndim != 3 for each in position_embeddings):
+            return "it needs cos and sin, (B or 1, T, D), as position_embeddings"
+        if any(each.requires_grad for each in position_embeddings):
+            return "no gradient goes to position_embeddings"
+        return device.refusal(hidden_states, *position_embeddings) or True
 
     def __init__(self, norm: Any, attention: Any):
         """Take over what the forward of `attention` reads, and its weights.
@@ -88,22 +88,15 @@ class RMSNormAttentionLayout(nn.Module):
         self.options = calls.options
         self.names_cache = calls.names_cache
         self.hands_kwargs_on = calls.hands_kwargs_on
-        self.eps = attention_code.epsilon_of(norm, "the norm before attention", self.offset, self.rounds_first)
+        self.kind = kind_of(norm)
         self.norm_weight = nn.Parameter(torch.empty_like(norm.weight))
-        self.qkv_proj, self.o_proj = _merged(attention), _like(attention.o_proj, attention.o_proj.out_features)
-        self.head_eps = 0.0
+        self.qkv_proj, self.o_proj = _merged(attention), linear(attention.o_proj, attention.o_proj.out_features)
+        self.head_kind = self.kind
         self.q_norm_weight = self.k_norm_weight = None
         if hasattr(attention, "q_norm"):
-            self.head_eps = _check_head_norms(attention, self.offset, self.rounds_first)
+            self.head_kind = _head_kind(attention)
             self.q_norm_weight = nn.Parameter(torch.empty_like(attention.q_norm.weight))
             self.k_norm_weight = nn.Parameter(torch.empty_like(attention.k_norm.weight))
-
-
-def _like(linear: Any, out_features: int) -> nn.Linear:
-    weight = linear.weight
-    return nn.Linear(
-        linear.in_features, out_features, bias=linear.bias is not None, device=weight.device, dtype=weight.dtype
-    )
 
 
 def _merged(attention: Any) -> nn.Linear:
@@ -116,28 +109,26 @@ def _merged(attention: Any) -> nn.Linear:
         raise ValueError(f"q_proj, k_proj and v_proj give {rows} numbers, which are no heads of {dim}")
     if attention.o_proj.in_features != rows[0]:
         raise ValueError(f"o_proj takes {attention.o_proj.in_features} numbers, and the queries have {rows[0]}")
-    return _like(attention.q_proj, sum(rows))
+    return linear(attention.q_proj, sum(rows))
 
 
-def _check_head_norms(attention: Any, offset: float, rounds_first: bool) -> float:
-    """The epsilon of the norms of queries and keys."""
-    found = set()
-    for name in ("q_norm", "k_norm"):
-        norm = getattr(attention, name)
-        eps = attention_code.epsilon_of(norm, name, offset, rounds_first)
+def _head_kind(attention: Any) -> Kind:
+    """What the norms of queries and keys compute."""
+    norms = {"q_norm": attention.q_norm, "k_norm": attention.k_norm}
+    for name, norm in norms.items():
         if norm.weight.shape != (attention.head_dim,):
             raise ValueError(
                 f"{name} is over {tuple(norm.weight.shape)} numbers, and the kernel's norm is over one head of "
                 f"{attention.head_dim}"
             )
-        found.add((eps, norm.weight.dtype))
-    if len(found) > 1:
-        raise ValueError(f"q_norm and k_norm differ in epsilon or dtype: {sorted(map(str, found))}")
-    return eps
+    first, second = ((kind_of(norm), norm.weight.dtype) for norm in norms.values())
+    if first != second:
+        raise ValueError(f"q_norm and k_norm differ: {first} and {second}")
+    return first[0]
 
 
 class RMSNormAttention(nn.Module):
-    """RMS norm, then self-attention, as in Llama, Mistral, Qwen2 and Qwen3."""
+    """RMS norm, then self-attention, as in Llama, Mistral, Qwen2, Qwen3 and Gemma3."""
 
     has_backward = True
     can_torch_compile = True
@@ -147,10 +138,8 @@ class RMSNormAttention(nn.Module):
     k_norm_weight: torch.Tensor | None
     qkv_proj: nn.Linear
     o_proj: nn.Linear
-    eps: float
-    head_eps: float
-    offset: float
-    rounds_first: bool
+    kind: Kind
+    head_kind: Kind
     head_dim: int
     layer_idx: int
     scaling: float
@@ -161,19 +150,6 @@ class RMSNormAttention(nn.Module):
     names_cache: bool
     hands_kwargs_on: bool
 
-    @staticmethod
-    def supports(hidden_states: torch.Tensor, position_embeddings: Any = None, *_: Any, **__: Any) -> bool | str:
-        """Hidden states (B, T, H) in bfloat16, float16 or float32, and angles without a gradient."""
-        if hidden_states.ndim != 3:
-            return f"hidden states are (B, T, H), and not {tuple(hidden_states.shape)}"
-        if hidden_states.shape[-1] > MAX_COLUMNS:
-            return f"its norm takes rows of up to {MAX_COLUMNS} numbers, and not {hidden_states.shape[-1]}"
-        if position_embeddings is None or any(each.ndim != 3 for each in position_embeddings):
-            return "it needs cos and sin, (B or 1, T, D), as position_embeddings"
-        if any(each.requires_grad for each in position_embeddings):
-            return "no gradient goes to position_embeddings"
-        return device.refusal(hidden_states, *position_embeddings) or True
-
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -183,47 +159,64 @@ class RMSNormAttention(nn.Module):
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(B, T, H) to (B, T, H), and the attention's weights where the implementation gives them."""
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-        from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-        if not self.names_cache and past_key_values is not None and _is_paged(past_key_values):
-            past_key_values, kwargs["cache"] = None, past_key_values
-        q, k, v = _states(self, hidden_states, position_embeddings, past_key_values, kwargs)
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, self.eager_attention_forward)
-        dropout = self.attention_dropout if self.training else 0.0
-        if attend is sdpa_attention_forward and not dropout and _is_one_token(q, k, v, attention_mask, kwargs):
-            out, weights = one_token_attention(q, k, v, self.scaling, attention_mask), None
-        else:
-            out, weights = attend(
-                self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **self.options, **kwargs
-            )
-        out = out.reshape(*hidden_states.shape[:-1], -1).contiguous()
-        return F.linear(out, self.o_proj.weight, self.o_proj.bias), weights
+        out, weights = attended(self, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
+        return product(out, self.o_proj.weight, self.o_proj.bias), weights
 
 
-def _is_paged(cache: Any) -> bool:
-    """Whether it is the one that older versions of Transformers leave to the attention function, as `cache`."""
-    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+def attended(
+    self: Any,
+    hidden_states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    attention_mask: torch.Tensor | None,
+    cache: Any,
+    kwargs: dict[str, Any],
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """All that comes before the last product.
 
-    return isinstance(cache, PagedAttentionCache)
+    Args:
+        self: What `RMSNormAttentionLayout` holds.
+        hidden_states: (B, T, H), before the norm.
+        position_embeddings: cos and sin.
+        attention_mask: As the implementation wants it.
+        cache: A cache of Transformers, or `None`.
+        kwargs: The rest of the call, for the implementation and the cache.
+
+    Returns:
+        (B, T, N * D), and the attention's weights where the implementation gives them.
+    """
+    library = attention_code.library()
+    if not self.names_cache and isinstance(cache, library.paged):
+        cache, kwargs = None, {**kwargs, "cache": cache}
+    q, k, v = _states(self, library, hidden_states, position_embeddings, cache, kwargs)
+    attend = library.functions.get_interface(self.config._attn_implementation, self.eager_attention_forward)
+    dropout = self.attention_dropout if self.training else 0.0
+    if attend is library.sdpa and not dropout and _is_one_token(q, k, v, attention_mask, kwargs):
+        out, weights = one_token_attention(q, k, v, self.scaling, attention_mask), None
+    else:
+        out, weights = attend(
+            self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **self.options, **kwargs
+        )
+    return out.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
 
 
 def _states(
-    self: RMSNormAttention, hidden_states: torch.Tensor, position_embeddings: Any, cache: Any, kwargs: dict[str, Any]
+    self: Any,
+    library: Library,
+    hidden_states: torch.Tensor,
+    position_embeddings: Any,
+    cache: Any,
+    kwargs: dict[str, Any],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The queries, and the keys and values with those before them."""
     cos, sin = position_embeddings
-    qkv = project(
-        hidden_states, self.norm_weight, self.eps, self.offset, self.rounds_first, self.qkv_proj.weight,
-        self.qkv_proj.bias,
-    )  # fmt: skip
+    qkv = product(hidden_states, self.qkv_proj.weight, self.qkv_proj.bias, Norm(self.norm_weight, *self.kind))
     # Read off the weights: a shard has fewer heads than the config says.
     num_heads = self.o_proj.weight.shape[1] // self.head_dim
-    norms = (self.q_norm_weight, self.k_norm_weight, self.head_eps, self.offset, self.rounds_first)
+    norms = (self.q_norm_weight, self.k_norm_weight, *self.head_kind)
     arguments = (qkv, cos, sin, num_heads, self.head_dim, *norms)
     if device.in_triton(qkv):
-        rotated_dtype = dtypes(qkv, cos, self.q_norm_weight, self.rounds_first)[1]
-        layer = _static_layer(cache, self.layer_idx, qkv, rotated_dtype)
+        rotated_dtype = dtypes(qkv, cos, self.q_norm_weight, self.head_kind.rounds_first)[1]
+        layer = _static_layer(library, cache, self.layer_idx, qkv, rotated_dtype)
         if layer is not None:
             q = rotate_into(layer.keys, layer.values, layer.cumulative_length, *arguments)
             layer.cumulative_length.add_(qkv.shape[1])
@@ -244,13 +237,3 @@ def _is_one_token(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
     return all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
-
-
-class OffsetRMSNormAttentionLayout(RMSNormAttentionLayout):
-    """The parameters of `OffsetRMSNormAttention`: made from the two modules that it takes over."""
-
-    offset, rounds_first = 1.0, False
-
-
-class OffsetRMSNormAttention(RMSNormAttention):
-    """The same with norms whose scale is 1 + weight, rounded once, as in Gemma3."""

@@ -25,27 +25,17 @@ class RMSNormMLPLayout(nn.Module):
     }
 
     def __init__(self, norm: Any, mlp: Any) -> None:
+        """Take over what the two compute with, and their weights.
+
+        Raises:
+            ValueError: One of them computes something else than this kernel does.
+        """
         super().__init__()
-        self.kind = kind_of(norm)
+        self.kind = rms_norm.kind_of(norm)
         self.activation = activation_of(mlp, tuple(activation.ACTIVATIONS))
         self.scale = nn.Parameter(torch.empty_like(norm.weight))
         self.gate_up_proj = merged(mlp.gate_proj, mlp.up_proj)
         self.down_proj = linear(mlp.down_proj, mlp.down_proj.out_features)
-
-
-def kind_of(norm: nn.Module) -> rms_norm.Kind:
-    """What a norm computes.
-
-    Raises:
-        ValueError: It is no RMS norm that this kernel knows.
-    """
-    kind = rms_norm.kind_of(norm)
-    if kind is None:
-        raise ValueError(
-            f"{type(norm).__name__} does not compute the RMS norm of Llama, scale * x / sqrt(mean(x^2) + eps), or of "
-            f"Gemma, whose scale is 1 + weight"
-        )
-    return kind
 
 
 class RMSNormMLP(nn.Module):
