@@ -6,6 +6,7 @@ few numbers.
 """
 
 import dis
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -94,17 +95,7 @@ def calls_of(attention: nn.Module) -> Calls:
     code = getattr(forward, "__code__", None)
     if code is None:
         raise ValueError(f"what {name} computes cannot be read: its forward is no Python function")
-    names, written = set(code.co_names), _written_in(code)
-    for what, found in (
-        ("also reads", (names - _ALWAYS - _SOMETIMES) | (written - _WRITTEN)),
-        ("does not read", _ALWAYS - names),
-    ):
-        if found:
-            raise ValueError(f"{name}.forward {what} {', '.join(sorted(found))}, so it is another attention")
-    if sum("JUMP" in step.opname and "IF" in step.opname for step in dis.get_instructions(code)) != _NUM_BRANCHES:
-        raise ValueError(f"{name}.forward has other branches than whether there is a cache and whether it trains")
-    if "q_norm" in names and code.co_names.index("q_norm") > code.co_names.index("apply_rotary_pos_emb"):
-        raise ValueError(f"{name}.forward normalizes after the rotation, and the kernel does before")
+    names, written = _read(name, code)
     globals_of = forward.__globals__
     if globals_of["ALL_ATTENTION_FUNCTIONS"] is not library().functions:
         raise ValueError(f"{name} has attention functions of its own instead of those of Transformers")
@@ -116,6 +107,23 @@ def calls_of(attention: nn.Module) -> Calls:
         options["sliding_window"] = getattr(attention.config, "sliding_window", None)
     arguments = inspect.signature(forward).parameters
     return Calls(globals_of["eager_attention_forward"], options, "cache" in arguments, "kwargs" in written)
+
+
+@functools.lru_cache(maxsize=64)  # a model's layers have one forward
+def _read(name: str, code: CodeType) -> tuple[frozenset[str], frozenset[str]]:
+    """What a forward reads, and the words that are written in it; refused if it is another attention than Llama's."""
+    names, written = frozenset(code.co_names), frozenset(_written_in(code))
+    for what, found in (
+        ("also reads", (names - _ALWAYS - _SOMETIMES) | (written - _WRITTEN)),
+        ("does not read", _ALWAYS - names),
+    ):
+        if found:
+            raise ValueError(f"{name}.forward {what} {', '.join(sorted(found))}, so it is another attention")
+    if sum("JUMP" in step.opname and "IF" in step.opname for step in dis.get_instructions(code)) != _NUM_BRANCHES:
+        raise ValueError(f"{name}.forward has other branches than whether there is a cache and whether it trains")
+    if "q_norm" in names and code.co_names.index("q_norm") > code.co_names.index("apply_rotary_pos_emb"):
+        raise ValueError(f"{name}.forward normalizes after the rotation, and the kernel does before")
+    return names, written
 
 
 def _written_in(code: CodeType) -> set[str]:
