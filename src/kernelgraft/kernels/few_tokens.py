@@ -84,8 +84,8 @@ if triton is not None:
         rstd = 0.0
         if NORM:
             every = tl.arange(0, WHOLE)
-            x_fp32 = tl.load(x_ptr + every, mask=every < length, other=0.0).to(tl.float32)
-            rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=0) / length + eps)
+            whole = tl.load(x_ptr + every, mask=every < length, other=0.0).to(tl.float32)
+            rstd = tl.rsqrt(tl.sum(whole * whole, axis=0) / length + eps)
         sums = tl.zeros([COLUMNS, LENGTH], tl.float32)
         gates = tl.zeros([COLUMNS, LENGTH], tl.float32)
         rows = columns.to(tl.int64)[:, None] * weight_stride

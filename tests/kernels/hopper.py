@@ -1,0 +1,81 @@
+"""Compiles for an H100 or H200 what would be launched there; no GPU is needed, and the interpreter must be off.
+
+The interpreter lets types pass that the compiler refuses. `python hopper.py` prints a line for each kernel.
+"""
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from triton.runtime.jit import JITFunction
+
+from kernelgraft.kernels import activation, device, few_tokens, one_token_attention, rms_norm_kernels, rotary_kernels
+
+TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+    torch.uint8: "u8",
+}
+compiled = {}
+
+
+def type_of(value):
+    if isinstance(value, torch.Tensor):
+        return f"*{TYPES[value.dtype]}"
+    return "fp32" if isinstance(value, float) else "i32"
+
+
+def compile_instead(self, *args, grid, warmup, num_warps=4, num_stages=3, **kwargs):
+    """In the place of a launch. What a pointer is not there for is a constant, as Triton has it."""
+    given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
+    constants = {p.name: given[p.name] for p in self.params if p.is_constexpr or given[p.name] is None}
+    signature = {name: "constexpr" if name in constants else type_of(given[name]) for name in self.arg_names}
+    known = {(self.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(self, signature, known)
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+    assert f".entry {self.__name__}" in made.asm["ptx"]
+    compiled.setdefault(self.__name__, []).append(constants)
+
+
+def empty(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype)
+
+
+def launch_all():
+    x, weight = empty(64, 1024), empty(1024)
+    for dtype, residual, offset in ((torch.bfloat16, x, 0.0), (torch.float32, None, 1.0)):
+        norm = (weight.to(dtype), 1e-6, offset, not offset)
+        rms_norm_kernels.launch(x.to(dtype), residual, *norm, True)
+        rstd = empty(64, dtype=torch.float32)
+        rms_norm_kernels.launch_backward(x.to(dtype), residual, x.to(dtype), norm[0], rstd, *norm[2:])
+    for act in activation.ACTIVATIONS:
+        activation.launch(empty(64, 2048), act)
+        activation.launch_backward(x, empty(64, 2048), act)
+    norm, up, down = few_tokens.Norm(weight, 1e-6), empty(6144, 1024), empty(1024, 3072)
+    for tokens in (1, 4, 32):
+        few_tokens.launch(x[:tokens], up, None, norm, "silu", None)
+        few_tokens.launch(empty(tokens, 3072), down, empty(1024), None, "", x[:tokens])
+    few_tokens.launch(x[:8].float(), up.float(), None, None, "gelu", None)
+    qkv, cos, head = empty(2, 3, 8 * 128), empty(1, 3, 128), empty(128)
+    for weights in ((None, None), (head, head)):
+        rotation = (qkv, cos, cos, *weights, 4, 128, 1e-6, 0.0, True)
+        q, k, v = rotary_kernels.launch(*rotation, True)
+        rotary_kernels.launch_backward(q, k, v, qkv, cos, cos, *weights, qkv.dtype, 1e-6, 0.0, True)
+    cache, position = empty(2, 2, 600, 128), torch.zeros(1, dtype=torch.int64)
+    rotary_kernels.launch_into(*rotation, cache, cache.clone(), position)
+    mask = torch.ones(2, 1, 1, 600, dtype=torch.bool)
+    one_token_attention.launch(empty(2, 4, 1, 128), cache, cache, 0.1, mask, None, None)
+
+
+def main():
+    JITFunction.run = compile_instead
+    device.num_multiprocessors = lambda _: 132
+    launch_all()
+    for name, ways in compiled.items():
+        print(name, len(ways))
+
+
+if __name__ == "__main__":
+    main()
