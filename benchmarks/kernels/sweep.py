@@ -1,6 +1,6 @@
 r"""Launch settings of a kernel, tried one after another: thresholds are chosen from what this measures.
 
-    PYTHONPATH=src python -m benchmarks.kernels.sweep rms_norm --only '8192x4096 forward' --module rms_norm \
+    PYTHONPATH=src python -m benchmarks.kernels.sweep rms_norm --only '8192x4096 forward' --module rms_norm_kernels \
         --set rows=1,2 --set num_warps=4,8,16
 
 The works are those of the row's script, and what varies is what `kernelgraft.kernels.<module>.<function>` answers: a
