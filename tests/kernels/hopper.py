@@ -1,6 +1,7 @@
 """Compiles for an H100 or H200 what would be launched there; no GPU is needed, and the interpreter must be off.
 
-The interpreter lets types pass that the compiler refuses. `python hopper.py` prints a line for each kernel.
+The interpreter lets types pass that the compiler refuses, and knows no limit of shared memory. `python hopper.py`
+prints a line for each kernel.
 """
 
 import torch
@@ -18,6 +19,9 @@ TYPES = {
     torch.bool: "i1",
     torch.uint8: "u8",
 }
+SHARED_MEMORY = 227 << 10
+"""Bytes that a program can have."""
+
 compiled = {}
 
 
@@ -27,16 +31,31 @@ def type_of(value):
     return "fp32" if isinstance(value, float) else "i32"
 
 
+def is_constant(value):
+    return value is None or (type(value) is int and value == 1)
+
+
+def is_multiple(value):
+    """Of 16, which Triton compiles for by itself."""
+    return (value.data_ptr() if isinstance(value, torch.Tensor) else type(value) is int and value) % 16 == 0
+
+
 def compile_instead(self, *args, grid, warmup, num_warps=4, num_stages=3, **kwargs):
-    """In the place of a launch. What a pointer is not there for is a constant, as Triton has it."""
+    """In the place of a launch. A pointer that is not there is a constant, and so is a 1, as Triton has it."""
     given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
-    constants = {p.name: given[p.name] for p in self.params if p.is_constexpr or given[p.name] is None}
+    constants = {p.name: given[p.name] for p in self.params if p.is_constexpr or is_constant(given[p.name])}
     signature = {name: "constexpr" if name in constants else type_of(given[name]) for name in self.arg_names}
     known = {(self.arg_names.index(name),): value for name, value in constants.items()}
-    source = ASTSource(self, signature, known)
+    multiples = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(self.arg_names)
+        if name not in constants and is_multiple(given[name])
+    }
+    source = ASTSource(self, signature, known, multiples)
     made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages})
     assert f".entry {self.__name__}" in made.asm["ptx"]
-    compiled.setdefault(self.__name__, []).append(constants)
+    assert made.metadata.shared <= SHARED_MEMORY, f"{self.__name__} takes {made.metadata.shared} bytes: {given}"
+    compiled.setdefault(self.__name__, []).append(made.asm["ptx"])
 
 
 def empty(*shape, dtype=torch.bfloat16):
@@ -58,6 +77,7 @@ def launch_all():
         few_tokens.launch(x[:tokens], up, None, norm, "silu", None)
         few_tokens.launch(empty(tokens, 3072), down, empty(1024), None, "", x[:tokens])
     few_tokens.launch(x[:8].float(), up.float(), None, None, "gelu", None)
+    launch_products()
     qkv, cos, head = empty(2, 3, 8 * 128), empty(1, 3, 128), empty(128)
     for weights in ((None, None), (head, head)):
         rotation = (qkv, cos, cos, *weights, 4, 128, 1e-6, 0.0, True)
@@ -69,9 +89,23 @@ def launch_all():
     one_token_attention.launch(empty(2, 4, 1, 128), cache, cache, 0.1, mask, None, None)
 
 
+def launch_products():
+    """Those of few tokens in the sizes that take most shared memory, and in the smallest."""
+    for dtype in (torch.bfloat16, torch.float32):
+        up, down = empty(2 * 12288, 4096, dtype=dtype), empty(4096, 12288, dtype=dtype)
+        for tokens in (1, 32, 64):
+            few_tokens.launch(empty(tokens, 4096, dtype=dtype), up, None, None, "silu", None)
+            few_tokens.launch(empty(tokens, 12288, dtype=dtype), down, None, None, "", None, True)
+    for tokens in (1, 2):
+        few_tokens.launch(empty(tokens, 515), empty(2, 515), empty(2), few_tokens.Norm(empty(515), 1e-6), "gelu", None)
+    early = [ptx for ptx in compiled["_one_token"] if 0 < ptx.find("ld.global") < ptx.find("griddepcontrol.wait")]
+    assert early, "no product that follows another has a block of its weight on its way while it waits"
+
+
 def main():
     JITFunction.run = compile_instead
     device.num_multiprocessors = lambda _: 132
+    device.overlaps = lambda _: True
     launch_all()
     for name, ways in compiled.items():
         print(name, len(ways))

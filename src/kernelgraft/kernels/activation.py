@@ -234,11 +234,12 @@ def name_of(act_fn: object) -> str | None:
     """The name of a model's activation, a module or a function; `None` if it is none of them.
 
     It is told by what it does, since Transformers has several classes for one: on a few numbers in float64 it must
-    give what the activation gives.
+    give what the activation gives. Large ones are among them, since some clip at 7 or at 10.
     """
     if not callable(act_fn):
         return None
-    x = torch.linspace(-4, 4, 33, dtype=torch.float64, device="cpu")
+    large = torch.logspace(0, 4, 17, dtype=torch.float64, device="cpu")
+    x = torch.cat([-large, torch.linspace(-4, 4, 33, dtype=torch.float64, device="cpu"), large])
     try:
         y = act_fn(x)
     except Exception:  # an activation of another kind, with weights say, or of another call

@@ -30,6 +30,12 @@ MAX_TOKENS = 64
 NORMED_TOKENS = 4
 """Up to so many tokens each program normalizes for itself: it then reads all of x twice. To be measured."""
 
+_BLOCKS_AHEAD = 4
+"""Blocks of the weight that go to the L2 cache while a program of some tokens waits. To be measured."""
+
+_CACHE_LINE = 128
+"""Bytes that a prefetch fetches."""
+
 
 class Norm(NamedTuple):
     """An RMS norm in front of a product; see `rms_norm`."""
@@ -73,66 +79,129 @@ if triton is not None:
         tl.store(y_ptr + at, y.to(dtype), mask=there)
 
     @triton.jit
+    def _wait():
+        """Until the kernel in front has ended, and the one behind may start and wait in turn.
+
+        In this order, so that all that ran before the kernel in front is done when the one behind starts: it may read
+        weights before it waits (`FOLLOWS`).
+        """
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def _prefetch(lines):
+        """Have the cache lines at these addresses fetched into the L2 cache."""
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+    @triton.jit
     def _one_token(
         x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, num_columns, length, weight_stride, eps,
         OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-        BIAS: tl.constexpr, ADDS: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr, LENGTH: tl.constexpr,
-        WHOLE: tl.constexpr, STAGES: tl.constexpr,
+        BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, FOLLOWS: tl.constexpr, EVEN: tl.constexpr,
+        COLUMNS: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, RUN: tl.constexpr,
+        STAGES: tl.constexpr,
     ):  # fmt: skip
+        if OVERLAPS and not FOLLOWS:
+            _wait()
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < num_columns
+        rows = columns.to(tl.int64)[:, None] * weight_stride
+        up_rows = (columns + num_columns).to(tl.int64)[:, None] * weight_stride
+        at = tl.arange(0, LENGTH)
+        there = inside[:, None]
+        if not EVEN:
+            there = there & (at < length)[None, :]
+        # The first block of the weight is on its way while the program waits, and sums up the squares.
+        weight = tl.load(weight_ptr + rows + at[None, :], mask=there, other=0.0)
+        up = weight
+        if ACTIVATION != "":
+            up = tl.load(weight_ptr + up_rows + at[None, :], mask=there, other=0.0)
+        if OVERLAPS and FOLLOWS:
+            _wait()
         rstd = 0.0
         if NORM:
             every = tl.arange(0, WHOLE)
             whole = tl.load(x_ptr + every, mask=every < length, other=0.0).to(tl.float32)
             rstd = tl.rsqrt(tl.sum(whole * whole, axis=0) / length + eps)
-        sums = tl.zeros([COLUMNS, LENGTH], tl.float32)
-        gates = tl.zeros([COLUMNS, LENGTH], tl.float32)
-        rows = columns.to(tl.int64)[:, None] * weight_stride
-        for start in tl.range(0, length, LENGTH, num_stages=STAGES):
-            at = start + tl.arange(0, LENGTH)
-            there = inside[:, None]
-            if not EVEN:
-                there = there & (at < length)[None, :]
-            x = tl.load(x_ptr + at, mask=at < length, other=0.0)
-            weight = tl.load(weight_ptr + rows + at[None, :], mask=there, other=0.0)
-            if NORM:
-                x = _normalized(x, tl.load(scale_ptr + at, mask=at < length, other=0.0), rstd, OFFSET, ROUNDS_FIRST)
-            x_fp32 = x.to(tl.float32)[None, :]
-            if ACTIVATION != "":
-                gates += weight.to(tl.float32) * x_fp32
-                up_rows = rows + num_columns.to(tl.int64) * weight_stride
-                weight = tl.load(weight_ptr + up_rows + at[None, :], mask=there, other=0.0)
-            sums += weight.to(tl.float32) * x_fp32
+        x = tl.load(x_ptr + at, mask=at < length, other=0.0)
+        if NORM:
+            x = _normalized(x, tl.load(scale_ptr + at, mask=at < length, other=0.0), rstd, OFFSET, ROUNDS_FIRST)
+        sums = _run_sums(up, x, COLUMNS, LENGTH, RUN)
+        gates = sums
+        if ACTIVATION != "":
+            gates = _run_sums(weight, x, COLUMNS, LENGTH, RUN)
+        if BLOCKS > 1:  # else there is no loop, and no shared memory for its stages
+            for start in tl.range(LENGTH, length, LENGTH, num_stages=STAGES):
+                at = start + tl.arange(0, LENGTH)
+                there = inside[:, None]
+                if not EVEN:
+                    there = there & (at < length)[None, :]
+                x = tl.load(x_ptr + at, mask=at < length, other=0.0)
+                weight = tl.load(weight_ptr + rows + at[None, :], mask=there, other=0.0)
+                if NORM:
+                    x = _normalized(x, tl.load(scale_ptr + at, mask=at < length, other=0.0), rstd, OFFSET, ROUNDS_FIRST)
+                if ACTIVATION != "":
+                    gates += _run_sums(weight, x, COLUMNS, LENGTH, RUN)
+                    weight = tl.load(weight_ptr + up_rows + at[None, :], mask=there, other=0.0)
+                sums += _run_sums(weight, x, COLUMNS, LENGTH, RUN)
         _finished(
             tl.sum(sums, axis=1), tl.sum(gates, axis=1), columns, columns, inside, inside,
             bias_ptr, residual_ptr, y_ptr, num_columns, ACTIVATION, BIAS, ADDS,
         )  # fmt: skip
 
     @triton.jit
+    def _run_sums(weight, x, COLUMNS: tl.constexpr, LENGTH: tl.constexpr, RUN: tl.constexpr):
+        """(COLUMNS, LENGTH / RUN): what a thread loads at once it adds up at once, so that sums take few registers."""
+        products = weight.to(tl.float32) * x.to(tl.float32)[None, :]
+        return tl.sum(tl.reshape(products, [COLUMNS, LENGTH // RUN, RUN]), axis=2)
+
+    @triton.jit
+    def _dot(x, weight, sums, UPCAST: tl.constexpr):
+        if UPCAST:  # the interpreter's products of bfloat16 are wrong
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        return tl.dot(x, weight, sums, input_precision="ieee")
+
+    @triton.jit
     def _some_tokens(
         x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr,
         num_tokens, num_columns, length, x_stride, weight_stride, eps,
         OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-        BIAS: tl.constexpr, ADDS: tl.constexpr, EVEN: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
-        LENGTH: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+        BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, FOLLOWS: tl.constexpr, EVEN: tl.constexpr,
+        TOKENS: tl.constexpr, COLUMNS: tl.constexpr, LENGTH: tl.constexpr, AHEAD: tl.constexpr, LINE: tl.constexpr,
+        STAGES: tl.constexpr, UPCAST: tl.constexpr,
     ):  # fmt: skip
+        if OVERLAPS and not FOLLOWS:
+            _wait()
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < num_columns
         tokens = tl.arange(0, TOKENS)
         known = tokens < num_tokens
         x_rows = tokens.to(tl.int64)[:, None] * x_stride
+        rows = columns.to(tl.int64)[None, :] * weight_stride
+        up_rows = (columns + num_columns).to(tl.int64)[None, :] * weight_stride
+        if OVERLAPS:
+            # What a product reads of shared memory is stored there as soon as it is loaded, so the first blocks of the
+            # weight go to the L2 cache only while the program waits, and sums up the squares.
+            ahead = tl.minimum(tl.arange(0, LENGTH * AHEAD // LINE) * LINE, length - 1)[:, None]
+            _prefetch(weight_ptr + tl.where(inside[None, :], rows, 0) + ahead)
+            if ACTIVATION != "":
+                _prefetch(weight_ptr + tl.where(inside[None, :], up_rows, 0) + ahead)
+        if OVERLAPS and FOLLOWS:
+            _wait()
         rstd = tl.zeros([TOKENS], tl.float32)
         if NORM:
-            for start in range(0, length, LENGTH):
-                at = start + tl.arange(0, LENGTH)
-                there = known[:, None] & (at < length)[None, :]
-                x_fp32 = tl.load(x_ptr + x_rows + at[None, :], mask=there, other=0.0).to(tl.float32)
-                rstd += tl.sum(x_fp32 * x_fp32, axis=1)
-            rstd = tl.rsqrt(rstd / length + eps)
+            squares = tl.zeros([TOKENS, LENGTH], tl.float32)
+            for start in tl.range(0, length, LENGTH, num_stages=STAGES):
+                every = start + tl.arange(0, LENGTH)
+                some_of_x = tl.load(
+                    x_ptr + x_rows + every[None, :], mask=known[:, None] & (every < length)[None, :], other=0.0
+                ).to(tl.float32)
+                squares += some_of_x * some_of_x
+            rstd = tl.rsqrt(tl.sum(squares, axis=1) / length + eps)
         sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
         gates = tl.zeros([TOKENS, COLUMNS], tl.float32)
-        rows = columns.to(tl.int64)[None, :] * weight_stride
         for start in tl.range(0, length, LENGTH, num_stages=STAGES):
             at = start + tl.arange(0, LENGTH)
             x_there, there = known[:, None], inside[None, :]
@@ -143,15 +212,10 @@ if triton is not None:
             if NORM:
                 scale = tl.load(scale_ptr + at, mask=at < length, other=0.0)[None, :]
                 x = _normalized(x, scale, rstd[:, None], OFFSET, ROUNDS_FIRST)
-            if UPCAST:  # the interpreter's products of bfloat16 are wrong
-                x, weight = x.to(tl.float32), weight.to(tl.float32)
             if ACTIVATION != "":
-                gates = tl.dot(x, weight, gates, input_precision="ieee")
-                up_rows = rows + num_columns.to(tl.int64) * weight_stride
+                gates = _dot(x, weight, gates, UPCAST)
                 weight = tl.load(weight_ptr + up_rows + at[:, None], mask=there, other=0.0)
-                if UPCAST:
-                    weight = weight.to(tl.float32)
-            sums = tl.dot(x, weight, sums, input_precision="ieee")
+            sums = _dot(x, weight, sums, UPCAST)
         _finished(
             sums, gates, tokens.to(tl.int64)[:, None] * num_columns + columns[None, :], columns[None, :],
             inside[None, :], known[:, None] & inside[None, :],
@@ -169,6 +233,7 @@ class Settings:
         length: Numbers of each row that it has at once.
         num_warps: Its warps.
         num_stages: Blocks of the weight that are on their way.
+        overlaps: Whether it starts before the kernel in front has ended (programmatic dependent launch).
     """
 
     tokens: int
@@ -176,31 +241,35 @@ class Settings:
     length: int
     num_warps: int
     num_stages: int
+    overlaps: bool
 
 
 @functools.cache
 def settings(
-    num_tokens: int, num_columns: int, length: int, itemsize: int, gated: bool, num_multiprocessors: int
+    num_tokens: int, num_columns: int, length: int, itemsize: int, gated: bool, num_multiprocessors: int, overlaps: bool
 ) -> Settings:
     """The launch for so many tokens; a pure function of its arguments. All of it is to be measured.
 
     A program has few rows of the weight, so that there are at least two programs for each multiprocessor, and long
-    runs of each row.
+    runs of each row. `overlaps` says whether the device can.
     """
     wanted = 2 * num_multiprocessors
     if num_tokens == 1:
-        columns = 8
+        # 16 KB in a block, of the gate and of what it gates 8 KB each. Compiled by Triton 3.6 for sm_90, H 4096 and I
+        # 12288 in bfloat16: 72 registers and 41 KB of shared memory gated, 60 and 55 KB else; so five and four programs
+        # are on a multiprocessor. With 16 KB each and four stages it was 239 and 110 KB, and two.
+        columns = 4 if gated else 8
         while columns > 1 and triton.cdiv(num_columns, columns) < wanted:
             columns //= 2
-        run = min(triton.next_power_of_2(length), 2048 // itemsize)
-        return Settings(1, columns, run, 4, 4)
+        run = min(triton.next_power_of_2(max(length, 1)), 2048 // itemsize)
+        return Settings(1, columns, run, 4, 3 if gated else 4, overlaps)
     tokens = max(16, triton.next_power_of_2(num_tokens))
     columns = 64
-    while columns > 16 and triton.cdiv(num_columns, columns) < wanted:
+    while columns > 8 and triton.cdiv(num_columns, columns) < wanted:
         columns //= 2
     # 16 to 32 KB of weight in a stage, half of it for the gate where there is one.
     run = min(max(triton.next_power_of_2(length), 16), 512 // itemsize, 128 if tokens > 32 or gated else 256)
-    return Settings(tokens, columns, run, 4, 3 if gated else 4)
+    return Settings(tokens, columns, run, 4, 3 if gated else 4, overlaps)
 
 
 def launch(
@@ -210,45 +279,55 @@ def launch(
     norm: Norm | None,
     act: str,
     residual: torch.Tensor | None,
+    follows: bool = False,
 ) -> torch.Tensor:
-    """Run the kernel of one token or of some. See `product`; `act` is "" for none."""
+    """Run the kernel of one token or of some. See `product`; `act` is "" for none.
+
+    With `follows` the kernel launched last on this stream was launched by this function. Only then may the weight be
+    read while that one runs: any other might be what writes it.
+    """
     rows = x.reshape(-1, x.shape[-1])
-    weight = weight if weight.stride(-1) == 1 else weight.contiguous()
+    if weight.stride(-1) != 1:
+        weight, follows = weight.contiguous(), False
     num_tokens, length = rows.shape
     num_columns = weight.shape[0] // 2 if act else weight.shape[0]
     if norm is not None and num_tokens > NORMED_TOKENS:
         rows = rms_norm_kernels.launch(rows, None, norm.weight, norm.eps, norm.offset, norm.rounds_first, False)[0]
-        norm = None
+        norm, follows = None, False
     rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     y = torch.empty(*x.shape[:-1], num_columns, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
     chosen = settings(
-        num_tokens, num_columns, length, x.element_size(), bool(act), device.num_multiprocessors(x.device)
-    )
+        num_tokens, num_columns, length, x.element_size(), bool(act), device.num_multiprocessors(x.device),
+        device.overlaps(x.device),
+    )  # fmt: skip
     pointers = (
         rows,
         weight,
-        weight if bias is None else bias,
-        rows if norm is None else norm.weight,
+        weight if bias is None else bias.contiguous(),
+        rows if norm is None else norm.weight.contiguous(),
         y if residual is None else residual.contiguous(),
         y,
     )
     eps, offset, rounds_first = (0.0, 0.0, True) if norm is None else norm[1:]
-    what = (offset, rounds_first, norm is not None, act, bias is not None, residual is not None)
+    has = (norm is not None, act, bias is not None, residual is not None)
     even = length % chosen.length == 0
+    flags = (offset, rounds_first, *has, chosen.overlaps, follows, even)
+    options = {"num_warps": chosen.num_warps} | ({"launch_pdl": True} if chosen.overlaps else {})
     grid = (triton.cdiv(num_columns, chosen.columns),)
     if num_tokens == 1:
         whole = triton.next_power_of_2(max(length, 1))
         _one_token[grid](
-            *pointers, num_columns, length, weight.stride(0), eps, *what, even, chosen.columns, chosen.length,
-            whole, chosen.num_stages, num_warps=chosen.num_warps,
+            *pointers, num_columns, length, weight.stride(0), eps, *flags, chosen.columns, chosen.length,
+            min(triton.cdiv(length, chosen.length), 2), whole, min(chosen.length, 16 // x.element_size()),
+            chosen.num_stages, **options,
         )  # fmt: skip
     else:
         _some_tokens[grid](
-            *pointers, num_tokens, num_columns, length, rows.stride(0), weight.stride(0), eps, *what, even,
-            chosen.tokens, chosen.columns, chosen.length, chosen.num_stages, device.INTERPRETED,
-            num_warps=chosen.num_warps,
+            *pointers, num_tokens, num_columns, length, rows.stride(0), weight.stride(0), eps, *flags,
+            chosen.tokens, chosen.columns, chosen.length, _BLOCKS_AHEAD, _CACHE_LINE // x.element_size(),
+            chosen.num_stages, device.INTERPRETED, **options,
         )  # fmt: skip
     return y
 
