@@ -128,6 +128,36 @@ def test_under_autocast_the_products_are_in_its_dtype():
     assert drawn[2].grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_operator_of_few_tokens_keeps_its_promises(dtype):
+    for norm, bias in ((True, True), (False, False)):
+        x, scale, gate_up, gate_up_bias, down, down_bias, residual = operands((3,), dtype, norm, bias, False)
+        arguments = (x, gate_up, down, "silu", gate_up_bias, down_bias, scale, 1e-6, 0.0, True, residual)
+        torch.library.opcheck(op._few, arguments)
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("watched", [False, True])
+def test_only_the_second_product_follows_one(monkeypatch, watched):
+    """What runs before the first may write its weight, so that it may not be read early."""
+    real, seen = few_tokens.launch, []
+    monkeypatch.setattr(
+        few_tokens, "launch", lambda *args, **kw: seen.append(kw.get("follows", False)) or real(*args, **kw)
+    )
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager") if watched else run
+    with torch.no_grad():
+        compiled(operands((3,), torch.float32, True, False), "silu")
+    assert seen == [False, True]
+
+
+def test_what_they_do_not_take_is_said():
+    from kernelgraft.kernels.rms_norm_mlp import RMSNormMLPLayout
+
+    assert "not torch.float64" in op.SwiGLUMLPLayout.supports(torch.empty(2, 4, dtype=torch.float64))
+    assert "rows have up to 32768 numbers, and not 40000" in RMSNormMLPLayout.supports(torch.empty(2, 40000))
+    assert op.GeGLUMLPLayout.supports(torch.empty(2, 40000)) is RMSNormMLPLayout.supports(torch.empty(2, 8)) is True
+
+
 # --- in models
 
 MLP = {"llama": "SwiGLUMLP", "qwen2": "SwiGLUMLP", "gemma3": "GeGLUMLP", "mistral": "SwiGLUMLP"}
@@ -174,6 +204,9 @@ def test_verified(case):
 @pytest.mark.transformers
 def test_another_activation_is_refused():
     import tiny
+
+    with pytest.raises(PlanError, match=r"activation has to be gelu or gelu_tanh, and its act_fn is ClippedGELU"):
+        kernelgraft.graft(tiny.model("llama", hidden_act="gelu_10"), {"MLP": "kernelgraft.kernels:GeGLUMLP"})
 
     with pytest.raises(PlanError, match=r"activation has to be gelu or gelu_tanh, and its act_fn is .*which is silu"):
         kernelgraft.graft(tiny.model("llama"), {"MLP": "kernelgraft.kernels:GeGLUMLP"})

@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import activation, device, rms_norm
+from . import activation, device, few_tokens, rms_norm
 from .few_tokens import Norm, product, reference, takes
 
 
@@ -73,6 +73,45 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def launch_few(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    act: str,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    norm: Norm | None,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """Run both products of few tokens, the second right behind the first. See `gated_mlp`."""
+    h = few_tokens.launch(x, gate_up, gate_up_bias, norm, act, None)
+    return few_tokens.launch(h, down, down_bias, None, "", residual, follows=True)
+
+
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::few", mutates_args=())
+def _few(
+    x: torch.Tensor,
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    act: str,
+    gate_up_bias: torch.Tensor | None,
+    down_bias: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    eps: float,
+    offset: float,
+    rounds_first: bool,
+    residual: torch.Tensor | None,
+) -> torch.Tensor:
+    """One operator for two products, so that no compiler puts anything between them."""
+    norm = None if scale is None else Norm(scale, eps, offset, rounds_first)
+    return launch_few(x, gate_up, down, act, gate_up_bias, down_bias, norm, residual)
+
+
+@_few.register_fake
+def _(x, gate_up, down, act, gate_up_bias, down_bias, scale, eps, offset, rounds_first, residual):
+    return x.new_empty(*x.shape[:-1], down.shape[0])
+
+
 def gated_mlp(
     x: torch.Tensor,
     gate_up: torch.Tensor,
@@ -100,11 +139,16 @@ def gated_mlp(
     """
     if not device.in_triton(x):
         return reference(reference(x, gate_up, gate_up_bias, norm, act), down, down_bias, None, "", residual)
-    tensors = [each for each in (x, gate_up, gate_up_bias, down, down_bias, norm and norm.weight) if each is not None]
+    scale, kind = (None, (0.0, 0.0, True)) if norm is None else (norm.weight, tuple(norm[1:]))
+    if takes(x, gate_up, gate_up_bias, norm) and takes(x, down, down_bias, None, residual):
+        if device.launches(x, gate_up, gate_up_bias, scale, down, down_bias, residual):
+            return launch_few(x, gate_up, down, act, gate_up_bias, down_bias, norm, residual)
+        few: torch.Tensor = _few(x, gate_up, down, act, gate_up_bias, down_bias, scale, *kind, residual)
+        return few
+    tensors = [each for each in (x, gate_up, gate_up_bias, down, down_bias, scale) if each is not None]
     trains = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
     alike = all(each.dtype == x.dtype for each in tensors) and not torch.is_autocast_enabled(x.device.type)
     if trains and alike and not takes(x, gate_up):
-        scale, kind = (None, (0.0, 0.0, True)) if norm is None else (norm.weight, tuple(norm[1:]))
         y: torch.Tensor = _Recomputing.apply(x, scale, gate_up, gate_up_bias, down, down_bias, kind, act)
         return y if residual is None else residual + y
     return product(product(x, gate_up, gate_up_bias, norm, act), down, down_bias, None, "", residual)
@@ -146,6 +190,11 @@ class _Merged(nn.Module):
     }
     activations: tuple[str, ...] = ()
     activation: str
+
+    @staticmethod
+    def supports(x: torch.Tensor) -> bool | str:
+        """bfloat16, float16 or float32."""
+        return device.refusal(x) or True
 
     @classmethod
     def from_module(cls, mlp: Any) -> "_Merged":

@@ -24,6 +24,11 @@ class RMSNormMLPLayout(nn.Module):
         "down_proj.bias": "mlp.down_proj.bias",
     }
 
+    @staticmethod
+    def supports(hidden_states: torch.Tensor) -> bool | str:
+        """Rows of up to 32768 numbers in bfloat16, float16 or float32."""
+        return rms_norm.refusal(hidden_states) or True
+
     def __init__(self, norm: Any, mlp: Any) -> None:
         """Take over what the two compute with, and their weights.
 
