@@ -93,7 +93,7 @@ def launch_products():
     """Those of few tokens in the sizes that take most shared memory, and in the smallest."""
     for dtype in (torch.bfloat16, torch.float32):
         up, down = empty(2 * 12288, 4096, dtype=dtype), empty(4096, 12288, dtype=dtype)
-        for tokens in (1, 32, 64):
+        for tokens in (1, 32, 64):  # of which 32 and 64 are split, where they are not gated
             few_tokens.launch(empty(tokens, 4096, dtype=dtype), up, None, None, "silu", None)
             few_tokens.launch(empty(tokens, 12288, dtype=dtype), down, None, None, "", None, True)
     for tokens in (1, 2):

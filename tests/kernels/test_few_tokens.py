@@ -1,5 +1,7 @@
 """Products for few tokens against float64, with and without what can stand before and behind them."""
 
+import dataclasses
+
 import pytest
 import torch
 from drawn import DTYPES, ROUNDED, close, few, tensor
@@ -7,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernelgraft.kernels import few_tokens as op
+from kernelgraft.kernels import few_tokens_kernels as kernels
 
 pytest.importorskip("triton")
 
@@ -58,6 +61,43 @@ def test_all_that_can_stand_before_and_behind(dtype, shape, act, norm, bias, res
 def test_more_columns_than_a_program_has(tokens):
     drawn = operands((tokens,), 700, 64, torch.float32, "silu", norm=True)
     close(op.product(**drawn), op.reference(**widened(drawn)), torch.float32, terms=64, size=8.0)
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("splits", [2, 3, 8])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_of_the_rows_are_added_up(monkeypatch, dtype, splits):
+    """Also where the last parts are shorter than the others, or empty."""
+    real = kernels.settings
+    monkeypatch.setattr(kernels, "settings", lambda *given: dataclasses.replace(real(*given), splits=splits, length=64))
+    for length, act, norm in ((515, "", True), (256, "gelu", False), (130, "silu", True)):
+        drawn = operands((3,), 40, length, dtype, act, norm, bias=True, residual=True)
+        exact = op.reference(**widened(drawn))
+        y = op.product(**drawn)
+        close(y, exact, dtype, terms=length, size=2.0 + exact.abs().amax())
+        assert torch.equal(y, op.product(**drawn))
+
+
+SIZES = [(6144, 1024), (1024, 3072), (24576, 4096), (4096, 12288), (28672, 8192), (8192, 28672), (151936, 1024)]
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize(("num_columns", "length"), SIZES)
+def test_launches_fill_a_gpu(num_columns, length, itemsize):
+    for gated in (False, True):
+        for num_tokens in range(1, 65):
+            chosen = kernels.settings(num_tokens, num_columns, length, itemsize, gated, 132, True)
+            programs = -(-num_columns // chosen.columns) * chosen.splits
+            assert programs >= (264 if num_tokens == 1 else 64)
+            rows = chosen.columns * (2 if gated else 1)
+            assert num_tokens == 1 or rows >= 2 * num_tokens
+            assert 128 <= chosen.length * itemsize <= 2048
+            block = rows * chosen.length * itemsize
+            assert block <= 32 << 10
+            assert chosen.tokens >= num_tokens
+            # Two programs are on a multiprocessor; what the compiler takes is asked in test_hopper.py.
+            x_block = chosen.tokens * chosen.length * itemsize
+            assert num_tokens == 1 or (block + x_block) * chosen.num_stages <= 113 << 10
 
 
 @pytest.mark.usefixtures("in_triton")

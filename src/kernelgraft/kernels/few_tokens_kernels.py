@@ -1,0 +1,386 @@
+"""The Triton kernels of products for few tokens; see `few_tokens`, which calls them, for the formula and the shapes.
+
+Each program has some rows of the weight to itself, or with more than one token a part of their length, and then a
+second kernel adds up the parts. The weight is read once, with several loads on their way; what a norm needs of x each
+program computes itself, since x stays in the cache. What the original rounds between two modules is rounded here too.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from . import device, rms_norm_kernels
+
+try:
+    import triton
+    import triton.language as tl
+
+    from .activation import activated
+except ImportError:
+    triton = None
+
+NORMED_TOKENS = 4
+"""Up to so many tokens each program normalizes for itself: it then reads all of x twice. To be measured."""
+
+_BLOCKS_AHEAD = 4
+"""Blocks of the weight that go to the L2 cache while a program of some tokens waits. To be measured."""
+
+_ADDED_COLUMNS = 512
+"""Columns of one program that adds up parts. To be measured."""
+
+_CACHE_LINE = 128
+"""Bytes that a prefetch fetches."""
+
+
+class Norm(NamedTuple):
+    """An RMS norm in front of a product; see `rms_norm`."""
+
+    weight: torch.Tensor
+    eps: float
+    offset: float = 0.0
+    rounds_first: bool = True
+
+
+if triton is not None:
+
+    @triton.jit
+    def _normalized(x, scale, rstd, OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr):
+        """In the dtype of x, as the norm's own kernel gives it."""
+        y = x.to(tl.float32) * rstd
+        if ROUNDS_FIRST:
+            y = y.to(x.dtype).to(tl.float32)
+        return (y * (scale.to(tl.float32) + OFFSET)).to(x.dtype)
+
+    @triton.jit
+    def _finished(sums, gates, at, columns, inside, there, bias_ptr, residual_ptr, y_ptr, num_columns,
+                  ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr):  # fmt: skip
+        """Bias, activation and residual; `at` and `there` are of the block of y, `columns` and `inside` of its columns.
+
+        Each is rounded to the dtype, in which the original has it in memory.
+        """
+        dtype = y_ptr.dtype.element_ty
+        if ACTIVATION != "":
+            if BIAS:
+                gates += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+                sums += tl.load(bias_ptr + num_columns + columns, mask=inside, other=0.0).to(tl.float32)
+            acted = activated(gates.to(dtype).to(tl.float32), ACTIVATION).to(dtype)
+            y = acted.to(tl.float32) * sums.to(dtype).to(tl.float32)
+        else:
+            if BIAS:
+                sums += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            y = sums
+        if ADDS:
+            y = y.to(dtype).to(tl.float32) + tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)
+        tl.store(y_ptr + at, y.to(dtype), mask=there)
+
+    @triton.jit
+    def _wait():
+        """Until the kernel in front has ended, and the one behind may start and wait in turn.
+
+        In this order, so that all that ran before the kernel in front is done when the one behind starts: it may read
+        weights before it waits (`FOLLOWS`).
+        """
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def _prefetch(lines):
+        """Have the cache lines at these addresses fetched into the L2 cache."""
+        tl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; // $0", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+    @triton.jit
+    def _one_token(
+        x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, num_columns, length, weight_stride, eps,
+        OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+        BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, FOLLOWS: tl.constexpr, EVEN: tl.constexpr,
+        COLUMNS: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, RUN: tl.constexpr,
+        STAGES: tl.constexpr,
+    ):  # fmt: skip
+        if OVERLAPS and not FOLLOWS:
+            _wait()
+        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = columns < num_columns
+        rows = columns.to(tl.int64)[:, None] * weight_stride
+        up_rows = (columns + num_columns).to(tl.int64)[:, None] * weight_stride
+        at = tl.arange(0, LENGTH)
+        there = inside[:, None]
+        if not EVEN:
+            there = there & (at < length)[None, :]
+        # The first block of the weight is on its way while the program waits, and sums up the squares.
+        weight = tl.load(weight_ptr + rows + at[None, :], mask=there, other=0.0)
+        up = weight
+        if ACTIVATION != "":
+            up = tl.load(weight_ptr + up_rows + at[None, :], mask=there, other=0.0)
+        if OVERLAPS and FOLLOWS:
+            _wait()
+        rstd = 0.0
+        if NORM:
+            every = tl.arange(0, WHOLE)
+            whole = tl.load(x_ptr + every, mask=every < length, other=0.0).to(tl.float32)
+            rstd = tl.rsqrt(tl.sum(whole * whole, axis=0) / length + eps)
+        x = tl.load(x_ptr + at, mask=at < length, other=0.0)
+        if NORM:
+            x = _normalized(x, tl.load(scale_ptr + at, mask=at < length, other=0.0), rstd, OFFSET, ROUNDS_FIRST)
+        sums = _run_sums(up, x, COLUMNS, LENGTH, RUN)
+        gates = sums
+        if ACTIVATION != "":
+            gates = _run_sums(weight, x, COLUMNS, LENGTH, RUN)
+        if BLOCKS > 1:  # else there is no loop, and no shared memory for its stages
+            for start in tl.range(LENGTH, length, LENGTH, num_stages=STAGES):
+                at = start + tl.arange(0, LENGTH)
+                there = inside[:, None]
+                if not EVEN:
+                    there = there & (at < length)[None, :]
+                x = tl.load(x_ptr + at, mask=at < length, other=0.0)
+                weight = tl.load(weight_ptr + rows + at[None, :], mask=there, other=0.0)
+                if NORM:
+                    x = _normalized(x, tl.load(scale_ptr + at, mask=at < length, other=0.0), rstd, OFFSET, ROUNDS_FIRST)
+                if ACTIVATION != "":
+                    gates += _run_sums(weight, x, COLUMNS, LENGTH, RUN)
+                    weight = tl.load(weight_ptr + up_rows + at[None, :], mask=there, other=0.0)
+                sums += _run_sums(weight, x, COLUMNS, LENGTH, RUN)
+        _finished(
+            tl.sum(sums, axis=1), tl.sum(gates, axis=1), columns, columns, inside, inside,
+            bias_ptr, residual_ptr, y_ptr, num_columns, ACTIVATION, BIAS, ADDS,
+        )  # fmt: skip
+
+    @triton.jit
+    def _run_sums(weight, x, COLUMNS: tl.constexpr, LENGTH: tl.constexpr, RUN: tl.constexpr):
+        """(COLUMNS, LENGTH / RUN): what a thread loads at once it adds up at once, so that sums take few registers."""
+        products = weight.to(tl.float32) * x.to(tl.float32)[None, :]
+        return tl.sum(tl.reshape(products, [COLUMNS, LENGTH // RUN, RUN]), axis=2)
+
+    @triton.jit
+    def _dot(x, weight, sums, UPCAST: tl.constexpr):
+        if UPCAST:  # the interpreter's products of bfloat16 are wrong
+            x, weight = x.to(tl.float32), weight.to(tl.float32)
+        return tl.dot(x, weight, sums, input_precision="ieee")
+
+    @triton.jit
+    def _some_tokens(
+        x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr,
+        num_tokens, num_columns, length, x_stride, weight_stride, eps,
+        OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
+        BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, FOLLOWS: tl.constexpr, EVEN: tl.constexpr,
+        TOKENS: tl.constexpr, COLUMNS: tl.constexpr, LENGTH: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
+        LINE: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+    ):  # fmt: skip
+        if OVERLAPS and not FOLLOWS:
+            _wait()
+        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = columns < num_columns
+        tokens = tl.arange(0, TOKENS)
+        known = tokens < num_tokens
+        x_rows = tokens.to(tl.int64)[:, None] * x_stride
+        rows = columns.to(tl.int64)[None, :] * weight_stride
+        up_rows = (columns + num_columns).to(tl.int64)[None, :] * weight_stride
+        first, last = 0, length
+        if SPLITS > 1:
+            part = tl.cdiv(tl.cdiv(length, LENGTH), SPLITS) * LENGTH
+            first = tl.program_id(1) * part
+            last = tl.minimum(first + part, length)
+        if OVERLAPS:
+            # What a product reads of shared memory is stored there as soon as it is loaded, so the first blocks of the
+            # weight go to the L2 cache only while the program waits, and sums up the squares.
+            ahead = tl.minimum(first + tl.arange(0, LENGTH * AHEAD // LINE) * LINE, length - 1)[:, None]
+            _prefetch(weight_ptr + tl.where(inside[None, :], rows, 0) + ahead)
+            if ACTIVATION != "":
+                _prefetch(weight_ptr + tl.where(inside[None, :], up_rows, 0) + ahead)
+        if OVERLAPS and FOLLOWS:
+            _wait()
+        rstd = tl.zeros([TOKENS], tl.float32)
+        if NORM:
+            squares = tl.zeros([TOKENS, LENGTH], tl.float32)
+            for start in tl.range(0, length, LENGTH, num_stages=STAGES):
+                every = start + tl.arange(0, LENGTH)
+                some_of_x = tl.load(
+                    x_ptr + x_rows + every[None, :], mask=known[:, None] & (every < length)[None, :], other=0.0
+                ).to(tl.float32)
+                squares += some_of_x * some_of_x
+            rstd = tl.rsqrt(tl.sum(squares, axis=1) / length + eps)
+        sums = tl.zeros([TOKENS, COLUMNS], tl.float32)
+        gates = tl.zeros([TOKENS, COLUMNS], tl.float32)
+        for start in tl.range(first, last, LENGTH, num_stages=STAGES):
+            at = start + tl.arange(0, LENGTH)
+            x_there, there = known[:, None], inside[None, :]
+            if not EVEN:
+                x_there, there = x_there & (at < length)[None, :], there & (at < length)[:, None]
+            x = tl.load(x_ptr + x_rows + at[None, :], mask=x_there, other=0.0)
+            weight = tl.load(weight_ptr + rows + at[:, None], mask=there, other=0.0)
+            if NORM:
+                scale = tl.load(scale_ptr + at, mask=at < length, other=0.0)[None, :]
+                x = _normalized(x, scale, rstd[:, None], OFFSET, ROUNDS_FIRST)
+            if ACTIVATION != "":
+                gates = _dot(x, weight, gates, UPCAST)
+                weight = tl.load(weight_ptr + up_rows + at[:, None], mask=there, other=0.0)
+            sums = _dot(x, weight, sums, UPCAST)
+        there = known[:, None] & inside[None, :]
+        if SPLITS > 1:
+            WIDTH: tl.constexpr = 2 if ACTIVATION != "" else 1
+            row = (tl.program_id(1) * num_tokens + tokens).to(tl.int64)[:, None] * num_columns * WIDTH
+            tl.store(y_ptr + row + columns[None, :], sums, mask=there)
+            if ACTIVATION != "":
+                tl.store(y_ptr + row + num_columns + columns[None, :], gates, mask=there)
+        else:
+            _finished(
+                sums, gates, tokens.to(tl.int64)[:, None] * num_columns + columns[None, :], columns[None, :],
+                inside[None, :], there, bias_ptr, residual_ptr, y_ptr, num_columns, ACTIVATION, BIAS, ADDS,
+            )  # fmt: skip
+
+    @triton.jit
+    def _add_splits(
+        partial_ptr, bias_ptr, residual_ptr, y_ptr, num_tokens, num_columns, num_blocks,
+        ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr,
+        SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+    ):  # fmt: skip
+        """Add up the parts of a product, always in the same order, and finish it."""
+        if OVERLAPS:
+            _wait()
+        token = tl.program_id(0) // num_blocks
+        columns = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
+        inside = columns < num_columns
+        WIDTH: tl.constexpr = 2 if ACTIVATION != "" else 1
+        sums = tl.zeros([BLOCK], tl.float32)
+        gates = tl.zeros([BLOCK], tl.float32)
+        for split in tl.static_range(SPLITS):
+            row_ptr = partial_ptr + (split * num_tokens + token).to(tl.int64) * num_columns * WIDTH
+            sums += tl.load(row_ptr + columns, mask=inside, other=0.0)
+            if ACTIVATION != "":
+                gates += tl.load(row_ptr + num_columns + columns, mask=inside, other=0.0)
+        _finished(
+            sums, gates, token.to(tl.int64) * num_columns + columns, columns, inside, inside,
+            bias_ptr, residual_ptr, y_ptr, num_columns, ACTIVATION, BIAS, ADDS,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a kernel is launched.
+
+    Attributes:
+        tokens: The power of two that holds the tokens; 1 for the kernel of one token.
+        columns: Columns of y of one program, so rows of the weight.
+        length: Numbers of each row that it has at once.
+        splits: Programs that have a part each of the same rows; 1 for the kernel of one token.
+        num_warps: Its warps.
+        num_stages: Blocks of the weight that are on their way.
+        overlaps: Whether it starts before the kernel in front has ended (programmatic dependent launch).
+    """
+
+    tokens: int
+    columns: int
+    length: int
+    splits: int
+    num_warps: int
+    num_stages: int
+    overlaps: bool
+
+
+@functools.cache
+def settings(
+    num_tokens: int, num_columns: int, length: int, itemsize: int, gated: bool, num_multiprocessors: int, overlaps: bool
+) -> Settings:
+    """The launch for so many tokens; a pure function of its arguments. All of it is to be measured.
+
+    A program has few rows of the weight, so that there are at least two programs for each multiprocessor, and long
+    runs of each row. `overlaps` says whether the device can.
+    """
+    wanted = 2 * num_multiprocessors
+    if num_tokens == 1:
+        # 16 KB in a block, of the gate and of what it gates 8 KB each. Compiled by Triton 3.6 for sm_90, H 4096 and I
+        # 12288 in bfloat16: 72 registers and 41 KB of shared memory gated, 60 and 55 KB else; so five and four programs
+        # are on a multiprocessor. With 16 KB each and four stages it was 239 and 110 KB, and two.
+        columns = 4 if gated else 8
+        while columns > 1 and triton.cdiv(num_columns, columns) < wanted:
+            columns //= 2
+        run = min(triton.next_power_of_2(max(length, 1)), 2048 // itemsize)
+        return Settings(1, columns, run, 1, 4, 3 if gated else 4, overlaps)
+    # Beside its rows each program reads as much of x for each token as of the weight for each row, through the same
+    # cache: with two rows for each token it is half as much as of the weight, with 16 rows for 32 tokens twice as much.
+    tokens = max(16, triton.next_power_of_2(num_tokens))
+    rows, fewest = 128, max(16, triton.next_power_of_2(2 * num_tokens))
+    gates = 2 if gated else 1
+    while rows > fewest and triton.cdiv(num_columns, rows // gates) < wanted:
+        rows //= 2
+    # 16 KB in a block, and whole cache lines.
+    run = min(
+        max(16384 // (rows * itemsize), 128 // itemsize), 512 // itemsize, max(triton.next_power_of_2(length), 16)
+    )
+    # To add up parts is a launch more, so not before half of the multiprocessors would have nothing to do.
+    splits, programs = 1, triton.cdiv(num_columns, rows // gates)
+    while 2 * splits * programs <= num_multiprocessors and splits < 8 and length >= 4 * splits * run:
+        splits *= 2
+    return Settings(tokens, rows // gates, run, splits, 4, 4, overlaps)
+
+
+def launch(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    norm: Norm | None,
+    act: str,
+    residual: torch.Tensor | None,
+    follows: bool = False,
+) -> torch.Tensor:
+    """Run the kernel of one token or of some. See `product`; `act` is "" for none.
+
+    With `follows` the kernel launched last on this stream was launched by this function. Only then may the weight be
+    read while that one runs: any other might be what writes it.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    if weight.stride(-1) != 1:
+        weight, follows = weight.contiguous(), False
+    num_tokens, length = rows.shape
+    num_columns = weight.shape[0] // 2 if act else weight.shape[0]
+    if norm is not None and num_tokens > NORMED_TOKENS:
+        rows = rms_norm_kernels.launch(rows, None, norm.weight, norm.eps, norm.offset, norm.rounds_first, False)[0]
+        norm, follows = None, False
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    y = torch.empty(*x.shape[:-1], num_columns, dtype=x.dtype, device=x.device)
+    if not y.numel():
+        return y
+    chosen = settings(
+        num_tokens, num_columns, length, x.element_size(), bool(act), device.num_multiprocessors(x.device),
+        device.overlaps(x.device),
+    )  # fmt: skip
+    pointers = (
+        rows,
+        weight,
+        weight if bias is None else bias.contiguous(),
+        rows if norm is None else norm.weight.contiguous(),
+        y if residual is None else residual.contiguous(),
+    )
+    eps, offset, rounds_first = (0.0, 0.0, True) if norm is None else norm[1:]
+    has = (norm is not None, act, bias is not None, residual is not None)
+    even = length % chosen.length == 0
+    flags = (offset, rounds_first, *has, chosen.overlaps, follows, even)
+    options = {"num_warps": chosen.num_warps} | ({"launch_pdl": True} if chosen.overlaps else {})
+    grid = (triton.cdiv(num_columns, chosen.columns),)
+    if num_tokens == 1:
+        whole = triton.next_power_of_2(max(length, 1))
+        _one_token[grid](
+            *pointers, y, num_columns, length, weight.stride(0), eps, *flags, chosen.columns, chosen.length,
+            min(triton.cdiv(length, chosen.length), 2), whole, min(chosen.length, 16 // x.element_size()),
+            chosen.num_stages, **options,
+        )  # fmt: skip
+        return y
+    splits, out = chosen.splits, y
+    if splits > 1:
+        width = num_columns * 2 if act else num_columns
+        out = torch.empty(splits, num_tokens, width, dtype=torch.float32, device=x.device)
+    _some_tokens[(*grid, splits)](
+        *pointers, out, num_tokens, num_columns, length, rows.stride(0), weight.stride(0), eps, *flags,
+        chosen.tokens, chosen.columns, chosen.length, splits, _BLOCKS_AHEAD, _CACHE_LINE // x.element_size(),
+        chosen.num_stages, device.INTERPRETED, **options,
+    )  # fmt: skip
+    if splits > 1:
+        num_blocks = triton.cdiv(num_columns, _ADDED_COLUMNS)
+        _add_splits[(num_tokens * num_blocks,)](
+            out, pointers[2], pointers[4], y, num_tokens, num_columns, num_blocks, *has[1:], chosen.overlaps, splits,
+            _ADDED_COLUMNS, **options,
+        )  # fmt: skip
+    return y
