@@ -158,6 +158,24 @@ def test_what_they_do_not_take_is_said():
     assert op.GeGLUMLPLayout.supports(torch.empty(2, 40000)) is RMSNormMLPLayout.supports(torch.empty(2, 8)) is True
 
 
+@pytest.mark.parametrize("act", op.activation.ACTIVATIONS)
+@pytest.mark.parametrize(("width", "length"), [(7, 32), (8, 130), (48, 33), (77, 576), (301, 32)])
+def test_on_a_cpu_it_is_the_original_bit_for_bit(act, width, length):
+    for bias in (False, True):
+        gate, up, down = (
+            torch.nn.Linear(*sizes, bias=bias) for sizes in ((length, width), (length, width), (width, length))
+        )
+        both = torch.cat([gate.weight, up.weight]).detach().requires_grad_()
+        biases = (torch.cat([gate.bias, up.bias]).detach(), down.bias) if bias else (None, None)
+        for tokens in ((1,), (3,), (2, 7), (65,)):
+            x = torch.randn(*tokens, length)
+            wanted = down(op.activation.ACTIVATIONS[act](gate(x)) * up(x))
+            y = op.gated_mlp(x, both, down.weight, act, *biases)
+            assert torch.equal(y, wanted)
+            (grad,) = torch.autograd.grad(y.sum(), both)
+            assert torch.equal(grad, torch.cat(torch.autograd.grad(wanted.sum(), (gate.weight, up.weight))))
+
+
 # --- in models
 
 MLP = {"llama": "SwiGLUMLP", "qwen2": "SwiGLUMLP", "gemma3": "GeGLUMLP", "mistral": "SwiGLUMLP"}

@@ -197,6 +197,32 @@ def test_a_norm_is_told_by_what_it_does():
             op.kind_of(other)
 
 
+class Odd(torch.nn.Module):
+    """A norm that uses its epsilon in a way of its own."""
+
+    def __init__(self, eps, rstd):
+        super().__init__()
+        self.weight, self.variance_epsilon, self.rstd = torch.nn.Parameter(torch.ones(8)), eps, rstd
+
+    def forward(self, x):
+        x_fp32 = x.float()
+        rstd = self.rstd(x_fp32.pow(2).mean(-1, keepdim=True), self.variance_epsilon)
+        return self.weight * (x_fp32 * rstd).to(x.dtype)
+
+
+@pytest.mark.parametrize("eps", [1e-12, 1e-6, 1e-5, 1e-2])
+def test_what_a_norm_does_with_its_epsilon_shows(eps):
+    assert op.kind_of(Odd(eps, lambda mean, eps: torch.rsqrt(mean + eps))) == op.Kind(eps, 0.0, True)
+    for rstd in (
+        lambda mean, eps: torch.rsqrt(mean),
+        lambda mean, eps: 1 / (mean.sqrt() + eps),
+        lambda mean, eps: torch.rsqrt(mean.clamp_min(eps)),
+        lambda mean, eps: torch.rsqrt(mean + 2 * eps),
+    ):
+        with pytest.raises(ValueError, match="Odd does not compute the RMS norm"):
+            op.kind_of(Odd(eps, rstd))
+
+
 MODELS = {"llama": ("RMSNorm", 5), "qwen3": ("RMSNorm", 9), "gemma3": ("OffsetRMSNorm", 13)}
 
 

@@ -9,6 +9,7 @@ y (..., N); M tokens, all dimensions of x but the last.
 """
 
 import torch
+from torch.nn import functional as F
 
 from . import activation, device, rms_norm
 from .few_tokens_kernels import Norm, launch
@@ -56,8 +57,14 @@ def reference(
 ) -> torch.Tensor:
     """`product` in plain torch."""
     x = x if norm is None else rms_norm.reference(x, *norm)
-    y = torch.nn.functional.linear(x, weight, bias)
-    y = activation.reference(y, act) if act else y
+    if act:
+        # Gate and up are products of their own, as in the original: on a CPU the last columns of a product are added up
+        # in another order than the rest, and with them the result is equal bit for bit.
+        biases = (None, None) if bias is None else bias.chunk(2)
+        gate, up = (F.linear(x, *of_one) for of_one in zip(weight.chunk(2), biases, strict=True))
+        y = activation.ACTIVATIONS[act](gate) * up
+    else:
+        y = F.linear(x, weight, bias)
     return y if residual is None else residual + y
 
 
@@ -111,6 +118,6 @@ def product(
         y: torch.Tensor = _product(x, weight, bias, scale, eps, offset, rounds_first, act, residual)
         return y
     x = x if norm is None else rms_norm.rms_norm(x, *norm)
-    y = torch.nn.functional.linear(x, weight, bias)
+    y = F.linear(x, weight, bias)
     y = activation.gated_activation(y, act) if act else y
     return y if residual is None else residual + y

@@ -184,7 +184,8 @@ def kind_of(norm: nn.Module) -> Kind:
     """What a norm of a model computes.
 
     It is told by what it does: its own forward, on eight numbers and a weight of as many, must give what the formula
-    gives, in float32 and, bit for bit, in bfloat16, where it shows at which point it rounds.
+    gives, in float32 and, bit for bit, in bfloat16, where it shows at which point it rounds; and on numbers so small
+    that it shows what becomes of its epsilon.
 
     Raises:
         ValueError: It is no RMS norm with a weight that this kernel knows.
@@ -193,6 +194,7 @@ def kind_of(norm: nn.Module) -> Kind:
     x = torch.tensor([[0.3, -1.7, 2.9, 0.011, -0.5, 1.3, -3.1, 0.77]], device="cpu")
     weight = torch.tensor([0.6, 1.4, 0.9, 1.1, 0.73, 1.27, 0.52, 1.03], device="cpu")
     if isinstance(eps, float) and [*norm._parameters] == ["weight"]:
+        x = torch.cat([x, x * (eps**0.5 or 1.0)])
         wide, narrow = (_tried(norm, x.to(dtype), weight.to(dtype)) for dtype in (torch.float32, torch.bfloat16))
         for kind in (Kind(eps, offset, rounds_first) for offset in (0.0, 1.0) for rounds_first in (True, False)):
             # In float32 the order of additions is the norm's own.
