@@ -295,7 +295,7 @@ def samples(dtype):
 
 
 @pytest.mark.parametrize("in_triton", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_the_operators_keep_their_promises(monkeypatch, in_triton, dtype):
     monkeypatch.setattr(op.device, "in_triton", lambda x: in_triton)
     for operator, arguments in samples(dtype):

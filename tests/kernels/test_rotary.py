@@ -176,7 +176,7 @@ def samples(dtype):
         yield op._rotate_into, {**weights, **options, **cache, "position": torch.tensor(1, device=DEVICE)}
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_the_operators_keep_their_promises(dtype):
     for operator, arguments in samples(dtype):
         torch.library.opcheck(operator, (), arguments)
