@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import measure, ours, qwen3
+from benchmarks.kernels import measure, ours, qwen3, script
 from benchmarks.kernels.measure import Ready, Work, compiled
 
 PROMPT, TOKENS, ROOM = 128, 64, 512
@@ -94,9 +94,9 @@ def _exact(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
-    made = measure.parser(__doc__)
+    made = script.parser(__doc__)
     made.add_argument("--sizes", nargs="+", choices=("0.6b", "8b"), default=["0.6b", "8b"])
-    return measure.main("compiled_decode", __doc__, works, arguments, made)
+    return script.main("compiled_decode", __doc__, works, arguments, made)
 
 
 if __name__ == "__main__":

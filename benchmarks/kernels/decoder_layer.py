@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.kernels import measure, ours, qwen3
+from benchmarks.kernels import ours, qwen3, script
 from benchmarks.kernels.measure import Ready, Work, compiled
 
 CONTEXT = 512
@@ -104,7 +104,7 @@ def _variants(model: Any, ready: MakeReady) -> Mapping[str, Callable[[], Ready]]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
-    return measure.main("decoder_layer", __doc__, works, arguments)
+    return script.main("decoder_layer", __doc__, works, arguments)
 
 
 if __name__ == "__main__":

@@ -24,8 +24,9 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from benchmarks.kernels import measure, ours, qwen3
-from benchmarks.kernels.measure import Bench, Skipped, Work
+from benchmarks.kernels import measure, ours, qwen3, script
+from benchmarks.kernels.measure import Skipped, Work
+from benchmarks.kernels.script import Bench
 
 STEPS = {"training": (4, 2048), "inference": (1, 16)}
 TINY = {"training": (2, 8), "inference": (1, 5)}
@@ -39,9 +40,9 @@ READY = "ready"
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
-    made = measure.parser(__doc__)
+    made = script.parser(__doc__)
     made.add_argument("--child", nargs=2, metavar=("STEP", "VARIANT"), help=argparse.SUPPRESS)
-    asked = measure.completed(made, "first_step", arguments)
+    asked = script.completed(made, "first_step", arguments)
     if asked.child:
         _child(asked, *asked.child)
         return 0
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 answers = _answers(asked, step, variants, Path(cache))
                 for variant, found in answers.items():
                     bench.keep(work, variant, _said(found))
-    return measure.finish(bench)
+    return script.finish(bench)
 
 
 def _said(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import measure, ours, qwen3
+from benchmarks.kernels import measure, ours, qwen3, script
 from benchmarks.kernels.measure import DTYPE, Ready, Work
 
 PROMPT, TOKENS = 16, 32
@@ -86,7 +86,7 @@ def _ours(folder: Path, asked: argparse.Namespace, ids: torch.Tensor, tokens: in
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
-    return measure.main("generate", __doc__, works, arguments)
+    return script.main("generate", __doc__, works, arguments)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch.nn import functional as F
 
-from benchmarks.kernels import measure
+from benchmarks.kernels import script
 from benchmarks.kernels.measure import DTYPE, Ready, Work, compiled, need
 
 EPS = 1e-6
@@ -104,7 +104,7 @@ def _with_weight(module: torch.nn.Module, weight: torch.Tensor) -> torch.nn.Modu
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
-    return measure.main("rms_norm", __doc__, works, arguments)
+    return script.main("rms_norm", __doc__, works, arguments)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.kernels import measure, ours, qwen3
+from benchmarks.kernels import ours, qwen3, script
 from benchmarks.kernels.measure import DTYPE, Ready, Work, compiled, need
 
 # (tokens, hidden, intermediate, whether in a CUDA graph)
@@ -133,7 +133,7 @@ def _liger(block: Any, config: Any, asked: argparse.Namespace) -> Block:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
-    return measure.main("rms_norm_mlp", __doc__, works, arguments)
+    return script.main("rms_norm_mlp", __doc__, works, arguments)
 
 
 if __name__ == "__main__":

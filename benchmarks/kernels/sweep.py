@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from benchmarks.kernels import measure
+from benchmarks.kernels import measure, script
 from benchmarks.kernels.measure import Work, WrongError
 from kernelgraft.benchmark import _clock
 
@@ -77,7 +77,7 @@ class Swept:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Sweep, and print the settings from the fastest on."""
-    made = measure.parser(__doc__)
+    made = script.parser(__doc__)
     made.add_argument("row", help="the script whose works are measured")
     made.add_argument("--module", required=True, help="of kernelgraft.kernels, whose settings are swept")
     made.add_argument("--function", default="settings")
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.add_argument(
         "--budget", type=float, default=float("inf"), help="seconds after which no other setting is tried"
     )
-    asked = measure.completed(made, "sweep", arguments)
+    asked = script.completed(made, "sweep", arguments)
     module = importlib.import_module(f"kernelgraft.kernels.{asked.module}")
     where = {name: values[0] for name, values in _fields(asked.where).items()}
     swept = Swept(module, asked.function, where)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks.kernels import measure, ours, qwen3
+from benchmarks.kernels import measure, ours, qwen3, script
 from benchmarks.kernels.measure import Ready, Work, need
 
 BATCH, LENGTH = 4, 2048
@@ -158,7 +158,7 @@ def _ours(model: Any, ids: torch.Tensor, *, layers: bool) -> Ready:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
-    return measure.main("training_step", __doc__, works, arguments)
+    return script.main("training_step", __doc__, works, arguments)
 
 
 if __name__ == "__main__":

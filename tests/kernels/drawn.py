@@ -45,3 +45,18 @@ def in_triton(monkeypatch):
     from kernelgraft.kernels import device
 
     monkeypatch.setattr(device, "in_triton", lambda x: True)
+
+
+@pytest.fixture
+def few_are_four(monkeypatch):
+    """The interpreter is slow: what runs for 65 tokens runs for 5."""
+    from kernelgraft.kernels import few_tokens
+
+    monkeypatch.setattr(few_tokens, "MAX_TOKENS", 4)
+
+
+def beside_the_originals(found, graft, wanted):
+    """Gradients of a grafted model, by the names that its parameters have, and the originals' put together."""
+    for name, grad in found.items():
+        sources = [original for original, packed in graft.names.items() if name in packed] or [name]
+        yield name, grad, torch.cat([wanted[source] for source in sources if source in wanted])  # a tied one once

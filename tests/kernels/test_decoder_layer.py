@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from drawn import DEVICE
+from drawn import DEVICE, beside_the_originals
 
 import kernelgraft
 import tiny
 from kernelgraft.errors import PlanError
-from kernelgraft.kernels import decoder_layer, few_tokens
+from kernelgraft.kernels import decoder_layer
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.transformers
+pytestmark = [pytest.mark.transformers, pytest.mark.usefixtures("few_are_four")]
 
 KERNEL = {"DecoderLayer": "kernelgraft.kernels:DecoderLayer"}
 MODELS = {
@@ -22,25 +22,12 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def few_are_four(monkeypatch):
-    """The interpreter is slow: what runs for 65 tokens runs here for 5."""
-    monkeypatch.setattr(few_tokens, "MAX_TOKENS", 4)
-
-
 def pair(name):
     kind = name.partition(" ")[0]
     plain, grafted = (tiny.model(kind, **MODELS[name]).to(DEVICE) for _ in range(2))
     graft = kernelgraft.graft(grafted, KERNEL)
     assert len(graft.plan.sites) == 2
     return plain, grafted, graft
-
-
-def exactly(found, graft, wanted):
-    """Gradients under packed names, beside the originals' put together."""
-    for name, grad in found.items():
-        sources = [original for original, packed in graft.names.items() if name in packed] or [name]
-        yield name, grad, torch.cat([wanted[source] for source in sources if source in wanted])
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="bit for bit is a promise of the CPU")
@@ -67,7 +54,7 @@ def test_in_triton(name, in_triton):
 @pytest.mark.parametrize("name", ["llama with biases", "qwen3"])
 def test_gradients_in_triton(name, in_triton):
     plain, grafted, graft = pair(name)
-    for name, grad, exact in exactly(tiny.gradients(grafted), graft, tiny.gradients(plain)):
+    for name, grad, exact in beside_the_originals(tiny.gradients(grafted), graft, tiny.gradients(plain)):
         torch.testing.assert_close(grad, exact, atol=2e-6, rtol=1e-4, msg=name)
 
 
@@ -95,7 +82,7 @@ def test_with_activation_checkpointing():
     plain, grafted, graft = pair("qwen3")
     tiny.switch_checkpointing(grafted, True)
     grafted.train()
-    for name, grad, exact in exactly(tiny.gradients(grafted), graft, tiny.gradients(plain.train())):
+    for name, grad, exact in beside_the_originals(tiny.gradients(grafted), graft, tiny.gradients(plain.train())):
         torch.testing.assert_close(grad, exact, msg=name)
 
 

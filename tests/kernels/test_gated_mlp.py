@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from drawn import DEVICE, DTYPES, close, tensor
+from drawn import DEVICE, DTYPES, beside_the_originals, close, tensor
 
 import kernelgraft
 from kernelgraft.errors import PlanError
@@ -11,14 +11,9 @@ from kernelgraft.kernels import gated_mlp as op
 from kernelgraft.kernels.few_tokens import Norm
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.usefixtures("few_are_four")
 
 H, WIDTH = 32, 24
-
-
-@pytest.fixture(autouse=True)
-def few_are_four(monkeypatch):
-    """The interpreter is slow: what runs for 65 tokens runs here for 5."""
-    monkeypatch.setattr(few_tokens, "MAX_TOKENS", 4)
 
 
 def operands(tokens, dtype, norm, bias, requires_grad=True):
@@ -200,9 +195,7 @@ def test_in_models(kind, config, changes, in_triton, monkeypatch):
         torch.testing.assert_close(tiny.logits(grafted, kind), tiny.logits(model, kind))
         assert graft.calls.kernel == len(graft.plan.sites) == 2
         found, wanted = tiny.gradients(grafted, kind), tiny.gradients(model, kind)
-        for name, grad in found.items():
-            sources = [original for original, packed in graft.names.items() if name in packed] or [name]
-            exact = torch.cat([wanted[source] for source in sources if source in wanted])  # a tied one once
+        for _, grad, exact in beside_the_originals(found, graft, wanted):
             torch.testing.assert_close(grad, exact, atol=2e-6, rtol=1e-4)
         monkeypatch.undo()
         if DEVICE == "cpu":

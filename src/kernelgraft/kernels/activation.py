@@ -125,14 +125,9 @@ def settings(num_rows: int, num_columns: int, num_multiprocessors: int) -> Setti
     return Settings(block, max(block // 256, 1))
 
 
-def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
 def launch(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """Run the forward kernel."""
-    rows = _rows_of(gate_up)
+    rows = device.rows_of(gate_up)
     num_rows, num_columns = rows.shape[0], rows.shape[1] // 2
     y = torch.empty(*gate_up.shape[:-1], num_columns, dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
@@ -146,7 +141,7 @@ def launch(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
 
 def launch_backward(grad: torch.Tensor, gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     """Run the backward kernel; the gradient of `gate_up`, contiguous."""
-    rows, grad_rows = _rows_of(gate_up), _rows_of(grad)
+    rows, grad_rows = device.rows_of(gate_up), device.rows_of(grad)
     num_rows, num_columns = grad_rows.shape
     grad_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     if grad_gate_up.numel():

@@ -54,6 +54,12 @@ def overlaps(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """(rows, last dimension), each row dense, with any stride between them; a view where there can be one."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
+
+
 def refusal(*tensors: Any) -> str | None:
     """Why the Triton kernels do not take these tensors, if they do not."""
     for tensor in tensors:

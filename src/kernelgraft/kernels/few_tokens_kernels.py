@@ -331,7 +331,7 @@ def launch(
     With `follows` the kernel launched last on this stream was launched by this function. Only then may the weight be
     read while that one runs: any other might be what writes it.
     """
-    rows = x.reshape(-1, x.shape[-1])
+    rows = device.rows_of(x)
     if weight.stride(-1) != 1:
         weight, follows = weight.contiguous(), False
     num_tokens, length = rows.shape
@@ -339,7 +339,6 @@ def launch(
     if norm is not None and num_tokens > NORMED_TOKENS:
         rows = rms_norm_kernels.launch(rows, None, norm.weight, norm.eps, norm.offset, norm.rounds_first, False)[0]
         norm, follows = None, False
-    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
     y = torch.empty(*x.shape[:-1], num_columns, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y

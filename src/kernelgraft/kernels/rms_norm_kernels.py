@@ -126,12 +126,6 @@ def settings(num_rows: int, num_columns: int, num_multiprocessors: int, backward
     return Settings(rows, columns, num_warps, max(1, min(wanted, most)))
 
 
-def _rows_of(x: torch.Tensor) -> torch.Tensor:
-    """(rows, H), with any stride between the rows."""
-    rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
-
-
 def output_dtype(x: torch.Tensor, weight: torch.Tensor, rounds_first: bool) -> torch.dtype:
     """That of y: see `reference`."""
     return torch.promote_types(x.dtype, weight.dtype) if rounds_first else x.dtype
@@ -151,13 +145,13 @@ def launch(
     Returns:
         y; x + residual, or x itself if there is no residual; and, if it `saves`, rstd (rows), float32.
     """
-    flat, weight = _rows_of(x), weight.contiguous()
+    flat, weight = device.rows_of(x), weight.contiguous()
     num_rows, num_columns = flat.shape
     y = torch.empty(x.shape, dtype=output_dtype(x, weight, rounds_first), device=x.device)
     rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device) if saves else y
     total, added = x, flat
     if residual is not None:
-        added = _rows_of(residual)
+        added = device.rows_of(residual)
         total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     if y.numel():
         chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), False)
@@ -184,12 +178,12 @@ def launch_backward(
     Returns:
         The gradients of `x` and of `weight`.
     """
-    flat, flat_grad, weight = _rows_of(x), _rows_of(grad_y), weight.contiguous()
+    flat, flat_grad, weight = device.rows_of(x), device.rows_of(grad_y), weight.contiguous()
     num_rows, num_columns = flat.shape
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not grad_x.numel():
         return grad_x, torch.zeros_like(weight)
-    flat_sum = flat_grad if grad_sum is None else _rows_of(grad_sum)
+    flat_sum = flat_grad if grad_sum is None else device.rows_of(grad_sum)
     chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), True)
     partial = torch.empty(chosen.num_programs, num_columns, dtype=torch.float32, device=x.device)
     _backward_rows[(chosen.num_programs,)](
