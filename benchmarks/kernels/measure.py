@@ -86,6 +86,7 @@ class Ready:
         before: Runs before each call and is not timed.
         graft: The graft of a model that is called; its kernels must have run.
         says: What the row says beside its time.
+        keeps: What has to live as long as it is called.
     """
 
     call: Callable[[], Any]
@@ -93,6 +94,7 @@ class Ready:
     before: Callable[[], None] = lambda: None
     graft: Any = None
     says: Mapping[str, Any] = field(default_factory=dict)
+    keeps: Any = None
 
 
 @dataclass(frozen=True)
@@ -210,4 +212,5 @@ def make_ready(work: Work, name: str, device: torch.device) -> Ready:
         replay()
         return out
 
-    return Ready(replay, outputs, ready.before, ready.graft, ready.says)
+    # The weights that the graph reads are kept alive by the call that was captured.
+    return Ready(replay, outputs, ready.before, ready.graft, ready.says, keeps=ready.call)

@@ -112,7 +112,7 @@ def test_inputs_that_are_not_contiguous(make):
 
 @pytest.mark.usefixtures("in_triton")
 def test_more_rows_than_programs():
-    chosen = rms_norm_kernels.settings(4000, 64, 3, True)
+    chosen = rms_norm_kernels.settings(4000, 64, 3, True, False)
     assert chosen.num_programs * chosen.rows < 4000
     x, weight = tensor(4000, 64).requires_grad_(), tensor(64, seed=1).requires_grad_()
     upstream = tensor(4000, 64, seed=2)

@@ -46,14 +46,6 @@ def num_multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
-@functools.cache
-def overlaps(device: torch.device) -> bool:
-    """Whether a kernel can start before the one in front of it has ended: on a GPU from Hopper on."""
-    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
 def rows_of(x: torch.Tensor) -> torch.Tensor:
     """(rows, last dimension), each row dense, with any stride between them; a view where there can be one."""
     rows = x.reshape(-1, x.shape[-1])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import device, rms_norm_kernels
+from . import device, overlap, rms_norm_kernels
 
 try:
     import triton
@@ -24,14 +24,8 @@ except ImportError:
 NORMED_TOKENS = 4
 """Up to so many tokens each program normalizes for itself: it then reads all of x twice. To be measured."""
 
-_BLOCKS_AHEAD = 4
-"""Blocks of the weight that go to the L2 cache while a program of some tokens waits. To be measured."""
-
 _ADDED_COLUMNS = 512
 """Columns of one program that adds up parts. To be measured."""
-
-_CACHE_LINE = 128
-"""Bytes that a prefetch fetches."""
 
 
 class Norm(NamedTuple):
@@ -76,36 +70,29 @@ if triton is not None:
         tl.store(y_ptr + at, y.to(dtype), mask=there)
 
     @triton.jit
-    def _wait():
-        """Until the kernel in front has ended, and the one behind may start and wait in turn.
-
-        In this order, so that all that ran before the kernel in front is done when the one behind starts: it may read
-        weights before it waits (`FOLLOWS`).
-        """
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-    @triton.jit
-    def _prefetch(lines):
-        """Have the cache lines at these addresses fetched into the L2 cache."""
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-    @triton.jit
     def _one_token(
         x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, num_columns, length, weight_stride, eps,
         OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
         BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, FOLLOWS: tl.constexpr, EVEN: tl.constexpr,
         COLUMNS: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, RUN: tl.constexpr,
-        STAGES: tl.constexpr,
+        AHEAD: tl.constexpr, LINE: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        if OVERLAPS and not FOLLOWS:
-            _wait()
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < num_columns
         rows = columns.to(tl.int64)[:, None] * weight_stride
         up_rows = (columns + num_columns).to(tl.int64)[:, None] * weight_stride
+        if OVERLAPS:
+            # What the program waits with is on its way into the L2 cache meanwhile, behind the first block if it
+            # follows a product, which is loaded.
+            ahead = tl.arange(0, LENGTH * AHEAD // LINE) * LINE
+            if FOLLOWS:
+                ahead += LENGTH
+            ahead = tl.minimum(ahead, length - 1)[None, :]
+            overlap.prefetch(weight_ptr + tl.where(inside[:, None], rows, 0) + ahead)
+            if ACTIVATION != "":
+                overlap.prefetch(weight_ptr + tl.where(inside[:, None], up_rows, 0) + ahead)
+        if OVERLAPS and not FOLLOWS:
+            overlap.wait()
         at = tl.arange(0, LENGTH)
         there = inside[:, None]
         if not EVEN:
@@ -116,7 +103,7 @@ if triton is not None:
         if ACTIVATION != "":
             up = tl.load(weight_ptr + up_rows + at[None, :], mask=there, other=0.0)
         if OVERLAPS and FOLLOWS:
-            _wait()
+            overlap.wait()
         rstd = 0.0
         if NORM:
             every = tl.arange(0, WHOLE)
@@ -165,12 +152,10 @@ if triton is not None:
         x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr,
         num_tokens, num_columns, length, x_stride, weight_stride, eps,
         OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-        BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, FOLLOWS: tl.constexpr, EVEN: tl.constexpr,
+        BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, EVEN: tl.constexpr,
         TOKENS: tl.constexpr, COLUMNS: tl.constexpr, LENGTH: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
         LINE: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
     ):  # fmt: skip
-        if OVERLAPS and not FOLLOWS:
-            _wait()
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < num_columns
         tokens = tl.arange(0, TOKENS)
@@ -187,11 +172,10 @@ if triton is not None:
             # What a product reads of shared memory is stored there as soon as it is loaded, so the first blocks of the
             # weight go to the L2 cache only while the program waits, and sums up the squares.
             ahead = tl.minimum(first + tl.arange(0, LENGTH * AHEAD // LINE) * LINE, length - 1)[:, None]
-            _prefetch(weight_ptr + tl.where(inside[None, :], rows, 0) + ahead)
+            overlap.prefetch(weight_ptr + tl.where(inside[None, :], rows, 0) + ahead)
             if ACTIVATION != "":
-                _prefetch(weight_ptr + tl.where(inside[None, :], up_rows, 0) + ahead)
-        if OVERLAPS and FOLLOWS:
-            _wait()
+                overlap.prefetch(weight_ptr + tl.where(inside[None, :], up_rows, 0) + ahead)
+            overlap.wait()
         rstd = tl.zeros([TOKENS], tl.float32)
         if NORM:
             squares = tl.zeros([TOKENS, LENGTH], tl.float32)
@@ -239,7 +223,7 @@ if triton is not None:
     ):  # fmt: skip
         """Add up the parts of a product, always in the same order, and finish it."""
         if OVERLAPS:
-            _wait()
+            overlap.wait()
         token = tl.program_id(0) // num_blocks
         columns = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < num_columns
@@ -268,6 +252,7 @@ class Settings:
         splits: Programs that have a part each of the same rows; 1 for the kernel of one token.
         num_warps: Its warps.
         num_stages: Blocks of the weight that are on their way.
+        ahead: Blocks of the weight that go to the L2 cache while it waits for the kernel in front, a power of two.
         overlaps: Whether it starts before the kernel in front has ended (programmatic dependent launch).
     """
 
@@ -277,6 +262,7 @@ class Settings:
     splits: int
     num_warps: int
     num_stages: int
+    ahead: int
     overlaps: bool
 
 
@@ -298,7 +284,7 @@ def settings(
         while columns > 1 and triton.cdiv(num_columns, columns) < wanted:
             columns //= 2
         run = min(triton.next_power_of_2(max(length, 1)), 2048 // itemsize)
-        return Settings(1, columns, run, 1, 4, 3 if gated else 4, overlaps)
+        return Settings(1, columns, run, 1, 4, 3 if gated else 4, 4, overlaps)
     # Beside its rows each program reads as much of x for each token as of the weight for each row, through the same
     # cache: with two rows for each token it is half as much as of the weight, with 16 rows for 32 tokens twice as much.
     tokens = max(16, triton.next_power_of_2(num_tokens))
@@ -314,7 +300,7 @@ def settings(
     splits, programs = 1, triton.cdiv(num_columns, rows // gates)
     while 2 * splits * programs <= num_multiprocessors and splits < 8 and length >= 4 * splits * run:
         splits *= 2
-    return Settings(tokens, rows // gates, run, splits, 4, 4, overlaps)
+    return Settings(tokens, rows // gates, run, splits, 4, 4, 4, overlaps)
 
 
 def launch(
@@ -344,7 +330,7 @@ def launch(
         return y
     chosen = settings(
         num_tokens, num_columns, length, x.element_size(), bool(act), device.num_multiprocessors(x.device),
-        device.overlaps(x.device),
+        overlap.overlaps(x.device),
     )  # fmt: skip
     pointers = (
         rows,
@@ -356,15 +342,15 @@ def launch(
     eps, offset, rounds_first = (0.0, 0.0, True) if norm is None else norm[1:]
     has = (norm is not None, act, bias is not None, residual is not None)
     even = length % chosen.length == 0
-    flags = (offset, rounds_first, *has, chosen.overlaps, follows, even)
-    options = {"num_warps": chosen.num_warps} | ({"launch_pdl": True} if chosen.overlaps else {})
+    flags = (offset, rounds_first, *has, chosen.overlaps)
+    options = {"num_warps": chosen.num_warps, **overlap.options(chosen.overlaps)}
     grid = (triton.cdiv(num_columns, chosen.columns),)
     if num_tokens == 1:
         whole = triton.next_power_of_2(max(length, 1))
         _one_token[grid](
-            *pointers, y, num_columns, length, weight.stride(0), eps, *flags, chosen.columns, chosen.length,
+            *pointers, y, num_columns, length, weight.stride(0), eps, *flags, follows, even, chosen.columns, chosen.length,
             min(triton.cdiv(length, chosen.length), 2), whole, min(chosen.length, 16 // x.element_size()),
-            chosen.num_stages, **options,
+            chosen.ahead, overlap.CACHE_LINE // x.element_size(), chosen.num_stages, **options,
         )  # fmt: skip
         return y
     splits, out = chosen.splits, y
@@ -372,8 +358,8 @@ def launch(
         width = num_columns * 2 if act else num_columns
         out = torch.empty(splits, num_tokens, width, dtype=torch.float32, device=x.device)
     _some_tokens[(*grid, splits)](
-        *pointers, out, num_tokens, num_columns, length, rows.stride(0), weight.stride(0), eps, *flags,
-        chosen.tokens, chosen.columns, chosen.length, splits, _BLOCKS_AHEAD, _CACHE_LINE // x.element_size(),
+        *pointers, out, num_tokens, num_columns, length, rows.stride(0), weight.stride(0), eps, *flags, even,
+        chosen.tokens, chosen.columns, chosen.length, splits, chosen.ahead, overlap.CACHE_LINE // x.element_size(),
         chosen.num_stages, device.INTERPRETED, **options,
     )  # fmt: skip
     if splits > 1:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import device
+from . import device, overlap
 
 try:
     import triton
@@ -33,8 +33,11 @@ if triton is not None:
         num_kv_heads, num_queries, num_keys, num_splits, window, scale,
         q_batch, q_head, k_batch, k_head, k_token, v_batch, v_head, v_token, mask_batch, mask_head, length_batch,
         MASK: tl.constexpr, PER_HEAD: tl.constexpr, LIMITED: tl.constexpr, WINDOWED: tl.constexpr, WHOLE: tl.constexpr,
-        UPCAST: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
+        OVERLAPS: tl.constexpr, UPCAST: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr,
+        KEYS: tl.constexpr,
     ):  # fmt: skip
+        if OVERLAPS:
+            overlap.wait()
         batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
         kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
         split = tl.program_id(1)
@@ -108,8 +111,11 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_splits"])
     def _combine(
-        sums_ptr, stats_ptr, out_ptr, num_splits, DIM: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr
-    ):
+        sums_ptr, stats_ptr, out_ptr, num_splits,
+        OVERLAPS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+    ):  # fmt: skip
+        if OVERLAPS:
+            overlap.wait()
         row = tl.program_id(0).to(tl.int64)
         splits = tl.arange(0, SPLITS)
         columns = tl.arange(0, COLUMNS)
@@ -193,6 +199,8 @@ def launch(
     num_blocks = -(-num_keys // keys_at_once(dim, k.element_size()))
     chosen = settings(pairs, num_blocks, dim, k.element_size(), device.num_multiprocessors(q.device))
     splits, columns = chosen.num_splits, triton.next_power_of_2(dim)
+    overlaps = overlap.overlaps(q.device)
+    options = overlap.options(overlaps)
     whole = splits == 1
     sums, stats = out, out
     if not whole:
@@ -204,15 +212,16 @@ def launch(
         q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *mask_strides,
         length.stride(0) if length is not None and length.numel() > 1 else 0,
         MASK=mask_kind, PER_HEAD=mask_strides[1] != 0, LIMITED=length is not None, WINDOWED=window is not None,
-        WHOLE=whole, UPCAST=device.INTERPRETED, DIM=dim, COLUMNS=columns,
+        WHOLE=whole, OVERLAPS=overlaps, UPCAST=device.INTERPRETED, DIM=dim, COLUMNS=columns,
         # The matrix units take 16 rows at least; with fewer queries the rest are zeros.
         QUERIES=max(16, triton.next_power_of_2(num_queries)), KEYS=chosen.keys,
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        num_warps=chosen.num_warps, num_stages=chosen.num_stages, **options,
     )  # fmt: skip
     if not whole:
         _combine[(batch * num_heads,)](
-            sums, stats, out, splits, DIM=dim, COLUMNS=columns, SPLITS=MAX_SPLITS, num_warps=4
-        )
+            sums, stats, out, splits, OVERLAPS=overlaps, DIM=dim, COLUMNS=columns, SPLITS=MAX_SPLITS, num_warps=4,
+            **options,
+        )  # fmt: skip
     return out
 
 

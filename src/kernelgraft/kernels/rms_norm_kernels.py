@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import device
+from . import device, overlap
 
 try:
     import triton
@@ -19,6 +19,9 @@ except ImportError:
 MAX_COLUMNS = 1 << 15
 """The longest row: a program holds whole rows in registers."""
 
+_ADDED_COLUMNS = 32
+"""Columns that one program adds up: a cache line of each row."""
+
 
 if triton is not None:
 
@@ -27,8 +30,10 @@ if triton is not None:
         x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
         num_rows, num_columns, x_stride, residual_stride, eps,
         OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ADDS: tl.constexpr, SAVES: tl.constexpr,
-        EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+        OVERLAPS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
+        if OVERLAPS:
+            overlap.wait()
         columns = tl.arange(0, COLUMNS)
         inside = columns < num_columns
         scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
@@ -62,8 +67,10 @@ if triton is not None:
         grad_y_ptr, grad_sum_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
         num_rows, num_columns, grad_y_stride, grad_sum_stride, x_stride,
         OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ADDS: tl.constexpr,
-        EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+        OVERLAPS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
+        if OVERLAPS:
+            overlap.wait()
         columns = tl.arange(0, COLUMNS)
         inside = columns < num_columns
         scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
@@ -95,6 +102,22 @@ if triton is not None:
         # Each program has a row of its own: sums in a fixed order, so that the same step gives the same bits.
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * num_columns + columns, grad_weight, mask=inside)
 
+    @triton.jit
+    def _add_rows(
+        partial_ptr, out_ptr, num_rows, num_columns, OVERLAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        """The sums of the columns, always in the same order."""
+        if OVERLAPS:
+            overlap.wait()
+        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = columns < num_columns
+        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for start in range(0, num_rows, ROWS):
+            rows = start + tl.arange(0, ROWS)
+            at = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
+            sums += tl.load(partial_ptr + at, mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0)
+        tl.store(out_ptr + columns, tl.sum(sums, axis=0).to(out_ptr.dtype.element_ty), mask=inside)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -105,16 +128,22 @@ class Settings:
         columns: The power of two that holds a row.
         num_warps: Warps of a program.
         num_programs: Programs; each goes through its share of the rows.
+        num_stages: Rows that are on their way, where a program has many.
+        overlaps: Whether it starts before the kernel in front has ended, see `overlap`.
     """
 
     rows: int
     columns: int
     num_warps: int
     num_programs: int
+    num_stages: int
+    overlaps: bool
 
 
 @functools.cache
-def settings(num_rows: int, num_columns: int, num_multiprocessors: int, backward: bool) -> Settings:
+def settings(
+    num_rows: int, num_columns: int, num_multiprocessors: int, backward: bool, overlaps: bool
+) -> Settings:
     """The launch for so many rows; a pure function of its arguments."""
     columns = triton.next_power_of_2(max(num_columns, 1))
     tile = 4096  # elements in a program's registers: 16 for each of 256 threads
@@ -123,7 +152,7 @@ def settings(num_rows: int, num_columns: int, num_multiprocessors: int, backward
     wanted = triton.cdiv(num_rows, rows)
     # Backward each program has a row of sums to write, so there are no more than run at the same time.
     most = num_multiprocessors * max(1, (8 if backward else 16) // num_warps)
-    return Settings(rows, columns, num_warps, max(1, min(wanted, most)))
+    return Settings(rows, columns, num_warps, max(1, min(wanted, most)), 1 if backward else 2, overlaps)
 
 
 def output_dtype(x: torch.Tensor, weight: torch.Tensor, rounds_first: bool) -> torch.dtype:
@@ -154,12 +183,12 @@ def launch(
         added = device.rows_of(residual)
         total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     if y.numel():
-        chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), False)
+        chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), False, overlap.overlaps(x.device))
         _forward_rows[(chosen.num_programs,)](
             flat, added, weight, y, total, rstd, num_rows, num_columns, flat.stride(0), added.stride(0), eps,
             OFFSET=offset, ROUNDS_FIRST=rounds_first, ADDS=residual is not None, SAVES=saves,
-            EVEN=chosen.columns == num_columns, ROWS=chosen.rows, COLUMNS=chosen.columns, STAGES=2,
-            num_warps=chosen.num_warps,
+            OVERLAPS=chosen.overlaps, EVEN=chosen.columns == num_columns, ROWS=chosen.rows, COLUMNS=chosen.columns,
+            STAGES=chosen.num_stages, num_warps=chosen.num_warps, **overlap.options(chosen.overlaps),
         )  # fmt: skip
     return y, total, rstd
 
@@ -184,13 +213,25 @@ def launch_backward(
     if not grad_x.numel():
         return grad_x, torch.zeros_like(weight)
     flat_sum = flat_grad if grad_sum is None else device.rows_of(grad_sum)
-    chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), True)
+    chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), True, overlap.overlaps(x.device))
     partial = torch.empty(chosen.num_programs, num_columns, dtype=torch.float32, device=x.device)
     _backward_rows[(chosen.num_programs,)](
         flat_grad, flat_sum, flat, weight, rstd, grad_x, partial,
         num_rows, num_columns, flat_grad.stride(0), flat_sum.stride(0), flat.stride(0),
         OFFSET=offset, ROUNDS_FIRST=rounds_first, ADDS=grad_sum is not None,
-        EVEN=chosen.columns == num_columns, ROWS=chosen.rows, COLUMNS=chosen.columns, STAGES=1,
-        num_warps=chosen.num_warps,
+        OVERLAPS=chosen.overlaps, EVEN=chosen.columns == num_columns, ROWS=chosen.rows, COLUMNS=chosen.columns,
+        STAGES=chosen.num_stages, num_warps=chosen.num_warps, **overlap.options(chosen.overlaps),
     )  # fmt: skip
-    return grad_x, partial.sum(0).to(weight.dtype)
+    return grad_x, add_rows(partial, weight.dtype)
+
+
+def add_rows(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The sum over the first of two dimensions of a float32 tensor, with what is left of it dense."""
+    num_rows, num_columns = partial.shape
+    overlaps = overlap.overlaps(partial.device)
+    out = torch.empty(num_columns, dtype=dtype, device=partial.device)
+    rows = min(triton.next_power_of_2(num_rows), 128)
+    _add_rows[(triton.cdiv(num_columns, _ADDED_COLUMNS),)](
+        partial, out, num_rows, num_columns, overlaps, rows, _ADDED_COLUMNS, num_warps=8, **overlap.options(overlaps)
+    )
+    return out

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from . import device
+from . import device, overlap
+from .rms_norm_kernels import add_rows
 
 try:
     import triton
@@ -94,8 +95,11 @@ if triton is not None:
         qkv_batch, qkv_token, cos_batch, cos_token, sin_batch, sin_token,
         q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token, eps,
         NORMS: tl.constexpr, OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM_DTYPE: tl.constexpr,
-        STORES: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
+        STORES: tl.constexpr, OVERLAPS: tl.constexpr,
+        HALF: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr,
     ):  # fmt: skip
+        if OVERLAPS:
+            overlap.wait()
         program = tl.program_id(0)
         position = 0
         if STORES:
@@ -345,7 +349,7 @@ def _launch(qkv, cos, sin, q_weight, k_weight, q, k, v, position, copies, eps, o
         return
     heads = (num_heads, num_kv_heads, num_kv_heads if copies else 0)
     chosen = settings(num_rows, heads, head_dim, device.num_multiprocessors(qkv.device), False)
-    norms = q_weight is not None
+    norms, overlaps = q_weight is not None, overlap.overlaps(qkv.device)
     _forward[(sum(chosen.num_programs),)](
         qkv, cos, sin, q_weight.contiguous() if norms else cos, k_weight.contiguous() if norms else cos, q, k, v,
         qkv if position is None else position,
@@ -354,8 +358,8 @@ def _launch(qkv, cos, sin, q_weight, k_weight, q, k, v, position, copies, eps, o
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], eps,
         NORMS=norms, OFFSET=offset, ROUNDS_FIRST=rounds_first,
         NORM_DTYPE=_TRITON_DTYPES[dtypes(qkv, cos, q_weight, rounds_first)[0]], STORES=position is not None,
-        HALF=head_dim // 2, COLUMNS=chosen.columns, TOKENS=chosen.tokens, HEADS=chosen.heads,
-        num_warps=chosen.num_warps,
+        OVERLAPS=overlaps, HALF=head_dim // 2, COLUMNS=chosen.columns, TOKENS=chosen.tokens, HEADS=chosen.heads,
+        num_warps=chosen.num_warps, **overlap.options(overlaps),
     )  # fmt: skip
 
 
@@ -403,7 +407,7 @@ def launch_backward(
     )  # fmt: skip
     if q_weight is None or k_weight is None:
         return grad_qkv, *_no_gradients(None, None, grad_q)
-    return grad_qkv, partial[:num_q].sum(0).to(q_weight.dtype), partial[num_q:].sum(0).to(k_weight.dtype)
+    return grad_qkv, add_rows(partial[:num_q], q_weight.dtype), add_rows(partial[num_q:], k_weight.dtype)
 
 
 def _no_gradients(q_weight, k_weight, like):
