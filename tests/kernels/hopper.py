@@ -103,11 +103,9 @@ def launch_products():
         up, down = empty(2 * 12288, 4096, dtype=dtype), empty(4096, 12288, dtype=dtype)
         for tokens in (1, 32, 64):  # of which 32 and 64 are split, where they are not gated
             few_tokens.launch(empty(tokens, 4096, dtype=dtype), up, None, None, "silu", None)
-            few_tokens.launch(empty(tokens, 12288, dtype=dtype), down, None, None, "", None, True)
+            few_tokens.launch(empty(tokens, 12288, dtype=dtype), down, None, None, "", None)
     for tokens in (1, 2):
         few_tokens.launch(empty(tokens, 515), empty(2, 515), empty(2), few_tokens.Norm(empty(515), 1e-6), "gelu", None)
-    early = [ptx for ptx in compiled["_one_token"] if 0 < ptx.find("ld.global") < ptx.find("griddepcontrol.wait")]
-    assert early, "no product that follows another has a block of its weight on its way while it waits"
 
 
 def main():

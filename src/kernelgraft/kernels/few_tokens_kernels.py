@@ -1,8 +1,8 @@
 """The Triton kernels of products for few tokens; see `few_tokens`, which calls them, for the formula and the shapes.
 
-Each program has some rows of the weight to itself, or with more than one token a part of their length, and then a
-second kernel adds up the parts. The weight is read once, with several loads on their way; what a norm needs of x each
-program computes itself, since x stays in the cache. What the original rounds between two modules is rounded here too.
+With one token each program goes through rows of the weight, with x, normalized, in its registers. With some tokens it has
+some rows to itself, or a part of their length, and then a second kernel adds up the parts. The weight is read once, with
+several loads on their way. What the original rounds between two modules is rounded here too.
 """
 
 import functools
@@ -23,6 +23,9 @@ except ImportError:
 
 NORMED_TOKENS = 4
 """Up to so many tokens each program normalizes for itself: it then reads all of x twice. To be measured."""
+
+_SHARED_MEMORY = 220 << 10
+"""Bytes that all programs on a multiprocessor of an H100 or H200 can have."""
 
 _ADDED_COLUMNS = 512
 """Columns of one program that adds up parts. To be measured."""
@@ -73,73 +76,44 @@ if triton is not None:
     def _one_token(
         x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, num_columns, length, weight_stride, eps,
         OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-        BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, FOLLOWS: tl.constexpr, EVEN: tl.constexpr,
-        COLUMNS: tl.constexpr, LENGTH: tl.constexpr, BLOCKS: tl.constexpr, WHOLE: tl.constexpr, RUN: tl.constexpr,
-        AHEAD: tl.constexpr, LINE: tl.constexpr, STAGES: tl.constexpr,
+        BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, EVEN: tl.constexpr,
+        COLUMNS: tl.constexpr, LENGTH: tl.constexpr, AHEAD: tl.constexpr, LINE: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = columns < num_columns
-        rows = columns.to(tl.int64)[:, None] * weight_stride
-        up_rows = (columns + num_columns).to(tl.int64)[:, None] * weight_stride
-        if OVERLAPS:
-            # What the program waits with is on its way into the L2 cache meanwhile, behind the first block if it
-            # follows a product, which is loaded.
-            ahead = tl.arange(0, LENGTH * AHEAD // LINE) * LINE
-            if FOLLOWS:
-                ahead += LENGTH
-            ahead = tl.minimum(ahead, length - 1)[None, :]
-            overlap.prefetch(weight_ptr + tl.where(inside[:, None], rows, 0) + ahead)
-            if ACTIVATION != "":
-                overlap.prefetch(weight_ptr + tl.where(inside[:, None], up_rows, 0) + ahead)
-        if OVERLAPS and not FOLLOWS:
-            overlap.wait()
+        first, step = tl.program_id(0), tl.num_programs(0)
         at = tl.arange(0, LENGTH)
-        there = inside[:, None]
-        if not EVEN:
-            there = there & (at < length)[None, :]
-        # The first block of the weight is on its way while the program waits, and sums up the squares.
-        weight = tl.load(weight_ptr + rows + at[None, :], mask=there, other=0.0)
-        up = weight
-        if ACTIVATION != "":
-            up = tl.load(weight_ptr + up_rows + at[None, :], mask=there, other=0.0)
-        if OVERLAPS and FOLLOWS:
+        if OVERLAPS:
+            # While the program waits, and sums up the squares, its first rows come into the L2 cache.
+            lines = tl.minimum(tl.arange(0, LENGTH // LINE) * LINE, length - 1)[None, :]
+            for early in tl.static_range(AHEAD):
+                columns = tl.minimum((first + early * step) * COLUMNS + tl.arange(0, COLUMNS), num_columns - 1)
+                overlap.prefetch(weight_ptr + columns.to(tl.int64)[:, None] * weight_stride + lines)
+                if ACTIVATION != "":
+                    overlap.prefetch(weight_ptr + (columns + num_columns).to(tl.int64)[:, None] * weight_stride + lines)
             overlap.wait()
-        rstd = 0.0
-        if NORM:
-            every = tl.arange(0, WHOLE)
-            whole = tl.load(x_ptr + every, mask=every < length, other=0.0).to(tl.float32)
-            rstd = tl.rsqrt(tl.sum(whole * whole, axis=0) / length + eps)
         x = tl.load(x_ptr + at, mask=at < length, other=0.0)
         if NORM:
+            x_fp32 = x.to(tl.float32)
+            rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=0) / length + eps)
             x = _normalized(x, tl.load(scale_ptr + at, mask=at < length, other=0.0), rstd, OFFSET, ROUNDS_FIRST)
-        sums = _run_sums(up, x, COLUMNS, LENGTH, RUN)
-        gates = sums
-        if ACTIVATION != "":
-            gates = _run_sums(weight, x, COLUMNS, LENGTH, RUN)
-        if BLOCKS > 1:  # else there is no loop, and no shared memory for its stages
-            for start in tl.range(LENGTH, length, LENGTH, num_stages=STAGES):
-                at = start + tl.arange(0, LENGTH)
-                there = inside[:, None]
-                if not EVEN:
-                    there = there & (at < length)[None, :]
-                x = tl.load(x_ptr + at, mask=at < length, other=0.0)
-                weight = tl.load(weight_ptr + rows + at[None, :], mask=there, other=0.0)
-                if NORM:
-                    x = _normalized(x, tl.load(scale_ptr + at, mask=at < length, other=0.0), rstd, OFFSET, ROUNDS_FIRST)
-                if ACTIVATION != "":
-                    gates += _run_sums(weight, x, COLUMNS, LENGTH, RUN)
-                    weight = tl.load(weight_ptr + up_rows + at[None, :], mask=there, other=0.0)
-                sums += _run_sums(weight, x, COLUMNS, LENGTH, RUN)
-        _finished(
-            tl.sum(sums, axis=1), tl.sum(gates, axis=1), columns, columns, inside, inside,
-            bias_ptr, residual_ptr, y_ptr, num_columns, ACTIVATION, BIAS, ADDS,
-        )  # fmt: skip
-
-    @triton.jit
-    def _run_sums(weight, x, COLUMNS: tl.constexpr, LENGTH: tl.constexpr, RUN: tl.constexpr):
-        """(COLUMNS, LENGTH / RUN): what a thread loads at once it adds up at once, so that sums take few registers."""
-        products = weight.to(tl.float32) * x.to(tl.float32)[None, :]
-        return tl.sum(tl.reshape(products, [COLUMNS, LENGTH // RUN, RUN]), axis=2)
+        x_fp32 = x.to(tl.float32)[None, :]
+        for tile in tl.range(first, tl.cdiv(num_columns, COLUMNS), step, num_stages=STAGES):
+            columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+            inside = columns < num_columns
+            there = inside[:, None]
+            if not EVEN:
+                there = there & (at < length)[None, :]
+            rows = columns.to(tl.int64)[:, None] * weight_stride + at[None, :]
+            weight = tl.load(weight_ptr + rows, mask=there, other=0.0)
+            sums = tl.sum(weight.to(tl.float32) * x_fp32, axis=1)
+            gates = sums
+            if ACTIVATION != "":
+                rows = (columns + num_columns).to(tl.int64)[:, None] * weight_stride + at[None, :]
+                up = tl.load(weight_ptr + rows, mask=there, other=0.0)
+                sums = tl.sum(up.to(tl.float32) * x_fp32, axis=1)
+            _finished(
+                sums, gates, columns, columns, inside, inside, bias_ptr, residual_ptr, y_ptr, num_columns,
+                ACTIVATION, BIAS, ADDS,
+            )  # fmt: skip
 
     @triton.jit
     def _dot(x, weight, sums, UPCAST: tl.constexpr):
@@ -252,6 +226,7 @@ class Settings:
         splits: Programs that have a part each of the same rows; 1 for the kernel of one token.
         num_warps: Its warps.
         num_stages: Blocks of the weight that are on their way.
+        num_programs: Programs that share the columns; 0 for the kernel of some tokens, where each has its own.
         ahead: Blocks of the weight that go to the L2 cache while it waits for the kernel in front, a power of two.
         overlaps: Whether it starts before the kernel in front has ended (programmatic dependent launch).
     """
@@ -262,6 +237,7 @@ class Settings:
     splits: int
     num_warps: int
     num_stages: int
+    num_programs: int
     ahead: int
     overlaps: bool
 
@@ -270,27 +246,39 @@ class Settings:
 def settings(
     num_tokens: int, num_columns: int, length: int, itemsize: int, gated: bool, num_multiprocessors: int, overlaps: bool
 ) -> Settings:
-    """The launch for so many tokens; a pure function of its arguments. All of it is to be measured.
+    """The launch for so many tokens; a pure function of its arguments.
 
-    A program has few rows of the weight, so that there are at least two programs for each multiprocessor, and long
-    runs of each row. `overlaps` says whether the device can.
+    `overlaps` says whether the device can. Chosen on an H200 in bfloat16 (torch 2.11, Triton 3.6, 2026-11-28,
+    `benchmarks.kernels.sweep`), with H 4096, I 12288 and H 1024, I 3072.
     """
-    wanted = 2 * num_multiprocessors
+    gates = 2 if gated else 1
     if num_tokens == 1:
-        # 16 KB in a block, of the gate and of what it gates 8 KB each. Compiled by Triton 3.6 for sm_90, H 4096 and I
-        # 12288 in bfloat16: 72 registers and 41 KB of shared memory gated, 60 and 55 KB else; so five and four programs
-        # are on a multiprocessor. With 16 KB each and four stages it was 239 and 110 KB, and two.
-        columns = 4 if gated else 8
-        while columns > 1 and triton.cdiv(num_columns, columns) < wanted:
-            columns //= 2
-        run = min(triton.next_power_of_2(max(length, 1)), 2048 // itemsize)
-        return Settings(1, columns, run, 1, 4, 3 if gated else 4, 4, overlaps)
+        # One row at once, and 16 loads of 16 bytes for two threads of it, was best for all four; two rows or half the
+        # warps cost 2 to 10 %. Three blocks on their way: with two 10 % more, with four a few per cent.
+        run = triton.next_power_of_2(max(length, 1))
+        columns = max(1, 2048 // (run * itemsize))
+        block = columns * run * itemsize
+        num_warps = max(1, min(block // 2048, 16))
+        num_stages = max(1, min(3, _SHARED_MEMORY // (gates * block)))
+        # 8 programs a multiprocessor for blocks of 4 KB, 3 for 16 KB, 2 for 32 KB.
+        resident = max(1, min(8, triton.cdiv(40960, gates * block), _SHARED_MEMORY // (num_stages * gates * block)))
+        num_programs = min(triton.cdiv(num_columns, columns), resident * num_multiprocessors)
+        return Settings(1, columns, run, 1, num_warps, num_stages, num_programs, 1, overlaps)
     # Beside its rows each program reads as much of x for each token as of the weight for each row, through the same
     # cache: with two rows for each token it is half as much as of the weight, with 16 rows for 32 tokens twice as much.
     tokens = max(16, triton.next_power_of_2(num_tokens))
+    if (
+        not gated
+        and num_tokens <= 32
+        and num_multiprocessors < 2 * triton.cdiv(num_columns, 32) <= 2 * num_multiprocessors
+    ):
+        # A program for each multiprocessor, with all of its shared memory: 32 tokens, H 4096, I 12288 28.9 us, in two
+        # parts of 64 rows 30.6.
+        run = min(512 // itemsize, max(triton.next_power_of_2(length), 16))
+        num_stages = max(2, min(6, _SHARED_MEMORY // ((tokens + 32) * run * itemsize)))
+        return Settings(tokens, 32, run, 1, 4, num_stages, 0, 1, overlaps)
     rows, fewest = 128, max(16, triton.next_power_of_2(2 * num_tokens))
-    gates = 2 if gated else 1
-    while rows > fewest and triton.cdiv(num_columns, rows // gates) < wanted:
+    while rows > fewest and triton.cdiv(num_columns, rows // gates) < num_multiprocessors:
         rows //= 2
     # 16 KB in a block, and whole cache lines.
     run = min(
@@ -300,7 +288,7 @@ def settings(
     splits, programs = 1, triton.cdiv(num_columns, rows // gates)
     while 2 * splits * programs <= num_multiprocessors and splits < 8 and length >= 4 * splits * run:
         splits *= 2
-    return Settings(tokens, rows // gates, run, splits, 4, 4, 4, overlaps)
+    return Settings(tokens, rows // gates, run, splits, 4, 4, 0, 4, overlaps)
 
 
 def launch(
@@ -310,21 +298,16 @@ def launch(
     norm: Norm | None,
     act: str,
     residual: torch.Tensor | None,
-    follows: bool = False,
 ) -> torch.Tensor:
-    """Run the kernel of one token or of some. See `product`; `act` is "" for none.
-
-    With `follows` the kernel launched last on this stream was launched by this function. Only then may the weight be
-    read while that one runs: any other might be what writes it.
-    """
+    """Run the kernel of one token or of some. See `product`; `act` is "" for none."""
     rows = device.rows_of(x)
     if weight.stride(-1) != 1:
-        weight, follows = weight.contiguous(), False
+        weight = weight.contiguous()
     num_tokens, length = rows.shape
     num_columns = weight.shape[0] // 2 if act else weight.shape[0]
     if norm is not None and num_tokens > NORMED_TOKENS:
         rows = rms_norm_kernels.launch(rows, None, norm.weight, norm.eps, norm.offset, norm.rounds_first, False)[0]
-        norm, follows = None, False
+        norm = None
     y = torch.empty(*x.shape[:-1], num_columns, dtype=x.dtype, device=x.device)
     if not y.numel():
         return y
@@ -344,20 +327,17 @@ def launch(
     even = length % chosen.length == 0
     flags = (offset, rounds_first, *has, chosen.overlaps)
     options = {"num_warps": chosen.num_warps, **overlap.options(chosen.overlaps)}
-    grid = (triton.cdiv(num_columns, chosen.columns),)
     if num_tokens == 1:
-        whole = triton.next_power_of_2(max(length, 1))
-        _one_token[grid](
-            *pointers, y, num_columns, length, weight.stride(0), eps, *flags, follows, even, chosen.columns, chosen.length,
-            min(triton.cdiv(length, chosen.length), 2), whole, min(chosen.length, 16 // x.element_size()),
-            chosen.ahead, overlap.CACHE_LINE // x.element_size(), chosen.num_stages, **options,
+        _one_token[(chosen.num_programs,)](
+            *pointers, y, num_columns, length, weight.stride(0), eps, *flags, even, chosen.columns, chosen.length,
+            chosen.ahead, min(overlap.CACHE_LINE // x.element_size(), chosen.length), chosen.num_stages, **options,
         )  # fmt: skip
         return y
     splits, out = chosen.splits, y
     if splits > 1:
         width = num_columns * 2 if act else num_columns
         out = torch.empty(splits, num_tokens, width, dtype=torch.float32, device=x.device)
-    _some_tokens[(*grid, splits)](
+    _some_tokens[(triton.cdiv(num_columns, chosen.columns), splits)](
         *pointers, out, num_tokens, num_columns, length, rows.stride(0), weight.stride(0), eps, *flags, even,
         chosen.tokens, chosen.columns, chosen.length, splits, chosen.ahead, overlap.CACHE_LINE // x.element_size(),
         chosen.num_stages, device.INTERPRETED, **options,

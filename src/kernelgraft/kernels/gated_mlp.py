@@ -83,9 +83,9 @@ def launch_few(
     norm: Norm | None,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Run both products of few tokens, the second right behind the first. See `gated_mlp`."""
+    """Run both products of few tokens. See `gated_mlp`."""
     h = few_tokens.launch(x, gate_up, gate_up_bias, norm, act, None)
-    return few_tokens.launch(h, down, down_bias, None, "", residual, follows=True)
+    return few_tokens.launch(h, down, down_bias, None, "", residual)
 
 
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::few", mutates_args=())

@@ -3,7 +3,6 @@
 One that is launched so has its programs on the multiprocessors while the last programs of the kernel in front still run,
 and waits for that kernel before it reads what may have been written, or writes anything. Meanwhile it may have weights
 fetched into the L2 cache, which all multiprocessors share: a line that is written after it was fetched is new there too.
-Into registers a weight is loaded before the wait only where the kernel in front is known not to write it.
 """
 
 import functools

@@ -128,7 +128,7 @@ class Settings:
         columns: The power of two that holds a row.
         num_warps: Warps of a program.
         num_programs: Programs; each goes through its share of the rows.
-        num_stages: Rows that are on their way, where a program has many.
+        num_stages: Tiles of rows that are on their way, where a program has many.
         overlaps: Whether it starts before the kernel in front has ended, see `overlap`.
     """
 
@@ -141,18 +141,28 @@ class Settings:
 
 
 @functools.cache
-def settings(
-    num_rows: int, num_columns: int, num_multiprocessors: int, backward: bool, overlaps: bool
-) -> Settings:
-    """The launch for so many rows; a pure function of its arguments."""
+def settings(num_rows: int, num_columns: int, num_multiprocessors: int, backward: bool, overlaps: bool) -> Settings:
+    """The launch for so many rows; a pure function of its arguments.
+
+    Chosen on an H200 in bfloat16 (torch 2.11, Triton 3.6, 2026-11-28, `benchmarks.kernels.sweep`): us, with what else
+    was tried.
+    """
     columns = triton.next_power_of_2(max(num_columns, 1))
-    tile = 4096  # elements in a program's registers: 16 for each of 256 threads
-    rows = max(1, min(tile // columns, triton.next_power_of_2(max(num_rows // num_multiprocessors, 1))))
-    num_warps = min(max(rows * columns // 512, 1), 16)
-    wanted = triton.cdiv(num_rows, rows)
-    # Backward each program has a row of sums to write, so there are no more than run at the same time.
-    most = num_multiprocessors * max(1, (8 if backward else 16) // num_warps)
-    return Settings(rows, columns, num_warps, max(1, min(wanted, most)), 1 if backward else 2, overlaps)
+    rows = max(1, min(4096 // columns, triton.next_power_of_2(max(num_rows // num_multiprocessors, 1))))
+    tiles = triton.cdiv(num_rows, rows)
+    if tiles <= num_multiprocessors:  # it is the time of one that counts: 32 x 4096 4.5, backward 7.9; 16 warps 4.8
+        return Settings(rows, columns, max(1, min(rows * columns // 512, 16)), max(tiles, 1), 1, overlaps)
+    if backward:
+        # Each program has a row of sums to write, so there are no more than run at the same time. 8192 x 4096 59.5 with
+        # 8 warps, 3 programs for a multiprocessor 62.6, without rows on their way 62.2; 8192 x 1024 23.3.
+        num_warps = max(1, min(columns // 512, 16)) if rows == 1 else 4
+        num_stages = 3 if columns <= 4096 else 2 if columns <= 8192 else 1
+        return Settings(rows, columns, num_warps, min(tiles, 2 * num_multiprocessors), num_stages, overlaps)
+    num_warps = max(1, min(rows * columns // 1024, 16))
+    if rows == 1:  # 8192 x 4096 37.0, with 8 warps 38.4, four rows for each of 4 programs of a multiprocessor 38.5
+        return Settings(rows, columns, num_warps, tiles, 1, overlaps)
+    # 8192 x 1024 12.4, a program for each four rows 12.9.
+    return Settings(rows, columns, num_warps, min(tiles, 8 * num_multiprocessors), 3, overlaps)
 
 
 def output_dtype(x: torch.Tensor, weight: torch.Tensor, rounds_first: bool) -> torch.dtype:
@@ -183,7 +193,9 @@ def launch(
         added = device.rows_of(residual)
         total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     if y.numel():
-        chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), False, overlap.overlaps(x.device))
+        chosen = settings(
+            num_rows, num_columns, device.num_multiprocessors(x.device), False, overlap.overlaps(x.device)
+        )
         _forward_rows[(chosen.num_programs,)](
             flat, added, weight, y, total, rstd, num_rows, num_columns, flat.stride(0), added.stride(0), eps,
             OFFSET=offset, ROUNDS_FIRST=rounds_first, ADDS=residual is not None, SAVES=saves,
