@@ -20,14 +20,24 @@ def read_into(file: OpenFile, buffers: Sequence[memoryview], offset: int, name: 
         try:
             got = preadv(file.fd, left, offset)
         except OSError as error:
-            raise CheckpointError(f"{file.path}: {name} cannot be read at byte {offset}: {error}") from error
+            raise unreadable(file, name, offset, error) from error
         if got == 0:
-            raise CheckpointError(
-                f"{file.path} ends at byte {offset}, in the middle of {name}: it was cut off while it was being loaded."
-            )
+            raise cut_off(file, name, offset)
         offset, wanted = offset + got, wanted - got
         if wanted:
             left = _without(left, got)
+
+
+def unreadable(file: OpenFile, name: str, offset: int, error: OSError) -> CheckpointError:
+    """What to raise when a tensor's file cannot be read."""
+    return CheckpointError(f"{file.path}: {name} cannot be read at byte {offset}: {error}")
+
+
+def cut_off(file: OpenFile, name: str, offset: int) -> CheckpointError:
+    """What to raise when a file ends within a tensor."""
+    return CheckpointError(
+        f"{file.path} ends at byte {offset}, in the middle of {name}: it was cut off while it was being loaded."
+    )
 
 
 def read_runs(read: Read, buffer: memoryview) -> None:
