@@ -1,6 +1,7 @@
-"""Reads into the memory of a GPU, both ways; these tests need one."""
+"""Reads into the memory of a GPU, every way; these tests need one."""
 
 import gc
+import os
 import threading
 
 import pytest
@@ -14,6 +15,7 @@ from kernelgraft.checkpoint import device, memory, positioned
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.reader import fill
 from kernelgraft.errors import CheckpointError
+from rings import needs_a_ring, open_rings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
@@ -29,13 +31,27 @@ def weights(tmp_path):
         yield tensors, checkpoint
 
 
-@pytest.fixture(params=["both", "registering", "reading", "refused"])
+LANES = {
+    "both": (2, 3),
+    "registering": (3, 0),
+    "reading": (0, 3),
+    "refused": (2, 2),
+    "streaming": (0, 0),
+    "streaming and registering": (2, 0),
+}
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[needs_a_ring] if "streaming" in name else []) for name in LANES],
+)
 def way(request, monkeypatch):
     """Which lanes there are; "refused" is a driver that takes no pages of files."""
-    lanes = {"both": (2, 3), "registering": (3, 0), "reading": (0, 3), "refused": (2, 2)}[request.param]
-    monkeypatch.setattr(device, "REGISTERING", lanes[0])
-    monkeypatch.setattr(device, "READING", lanes[1])
+    monkeypatch.setattr(device, "REGISTERING", LANES[request.param][0])
+    monkeypatch.setattr(device, "READING", LANES[request.param][1])
     monkeypatch.setattr(device, "CHUNK", 1 << 18)
+    monkeypatch.setattr(device, "STREAMING", "streaming" in request.param)
+    monkeypatch.setattr(device, "PIECE", 1 << 17)
+    monkeypatch.setattr(device, "STREAMED", 5 << 17)
     monkeypatch.setattr(device, "REGISTERED", 1 << 20)
     if request.param == "refused":
         real = memory.registered
@@ -76,16 +92,73 @@ def test_every_layout_is_filled(way, dtype, odd, weights):
     assert device.pinned.bytes == 0
 
 
-def test_the_device_memory_beyond_the_tensors_is_small(weights):
+STREAMING = [pytest.param(False, id="threads"), pytest.param(True, id="streaming", marks=needs_a_ring)]
+
+
+@pytest.mark.parametrize("streaming", STREAMING)
+def test_memory_beyond_the_tensors_is_small(streaming, weights, monkeypatch):
     _, checkpoint = weights
+    monkeypatch.setattr(device, "STREAMING", streaming)
+    monkeypatch.setattr(device.pinned, "peak_bytes", 0)
     jobs = [(lazy, empty(tuple(lazy.shape), torch.float32, odd=False)) for lazy in layouts(checkpoint)]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     fill(jobs)
-    lanes = device.REGISTERING + device.READING
+    lanes = device.REGISTERING + (1 if streaming else device.READING)
     assert torch.cuda.max_memory_allocated() - before <= lanes * device.CHUNK
     assert torch.cuda.memory_allocated() == before
-    assert device.pinned.peak_bytes <= device.REGISTERING * device.REGISTERED + 2 * device.READING * device.CHUNK
+    read = device.STREAMED if streaming else 2 * device.READING * device.CHUNK
+    assert device.pinned.peak_bytes <= device.REGISTERING * device.REGISTERED + read
+
+
+@needs_a_ring
+def test_pieces_are_used_again_and_again_while_the_device_is_slow(weights, monkeypatch):
+    tensors, checkpoint = weights
+    monkeypatch.setattr(device, "STREAMING", True)
+    monkeypatch.setattr(device, "REGISTERING", 0)
+    monkeypatch.setattr(device, "PIECE", 1 << 16)
+    monkeypatch.setattr(device, "STREAMED", 3 << 16)
+    real = device.StreamingLane._send
+
+    def send(lane, read, source):
+        lane._enter(read.out.device)
+        torch.cuda._sleep(2_000_000)  # on the lane's stream, before the copy
+        real(lane, read, source)
+
+    monkeypatch.setattr(device.StreamingLane, "_send", send)
+    jobs = [(lazy, empty(tuple(lazy.shape), torch.float32, odd=False)) for lazy in layouts(checkpoint)[:3]]
+    fill(jobs)
+    for (_, out), wanted in zip(jobs, layouts(tensors), strict=False):
+        assert torch.equal(out.cpu(), wanted)
+
+
+@needs_a_ring
+def test_a_file_that_was_cut_off_leaves_nothing_pinned(weights, monkeypatch):
+    _, checkpoint = weights
+    monkeypatch.setattr(device, "STREAMING", True)
+    monkeypatch.setattr(device, "REGISTERING", 0)
+    path = checkpoint.files[0].path
+    os.truncate(path, path.stat().st_size - 100_000)
+    with pytest.raises(CheckpointError, match=r"ends at byte \d+, in the middle of"):
+        fill([(lazy, empty(tuple(lazy.shape), torch.float32, odd=False)) for lazy in layouts(checkpoint)])
+    assert device.pinned.bytes == 0
+    assert open_rings() == 0
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kernelgraft")]
+
+
+@needs_a_ring
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_one_thread_streams_to_several_devices(weights, monkeypatch):
+    tensors, checkpoint = weights
+    monkeypatch.setattr(device, "STREAMING", True)
+    gpus = [torch.device("cuda", index % 2) for index in range(6)]
+    jobs = [
+        (lazy, torch.full(tuple(lazy.shape), torch.nan, device=gpu))
+        for lazy, gpu in zip(layouts(checkpoint), gpus, strict=True)
+    ]
+    fill(jobs)
+    for (_, out), wanted in zip(jobs, layouts(tensors), strict=True):
+        assert torch.equal(out.cpu(), wanted)
 
 
 def test_work_that_was_enqueued_before_is_waited_for(weights):
@@ -107,6 +180,7 @@ def test_a_disk_that_fails_leaves_nothing_pinned(weights, monkeypatch):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(positioned, "preadv", fails)
+    monkeypatch.setattr(device, "STREAMING", False)
     monkeypatch.setattr(device, "REGISTERING", 0)
     with pytest.raises(CheckpointError, match="cannot be read at byte"):
         fill([(lazy, empty(tuple(lazy.shape), torch.float32, odd=False)) for lazy in layouts(checkpoint)])

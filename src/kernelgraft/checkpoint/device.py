@@ -2,10 +2,13 @@
 
 There are two ways, and threads of both kinds work through the same reads at the same time, since they wait for
 different things. One registers pages of the mapped file with the driver, and the device copies them itself; what costs
-is the registration. The other fills pinned buffers by positioned reads; what costs is the copy by the CPU. Bytes go
-straight into place, or into a small staging buffer on the device, which lays them out anew.
+is the registration. The other fills pinned buffers by positioned reads; what costs is the copy by the CPU. Threads of
+ours do it or, where the kernel grants a ring, the kernel's, and one of ours tells them what to read. Bytes go straight
+into place, or into a small staging buffer on the device, which lays them out anew.
 """
 
+import logging
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -23,9 +26,13 @@ from kernelgraft.checkpoint.memory import (
     registered,
     writable,
 )
+from kernelgraft.checkpoint.pieces import Piece, Pieces
 from kernelgraft.checkpoint.positioned import read_runs
 from kernelgraft.checkpoint.requests import Read, Straight
+from kernelgraft.checkpoint.ring import RingError, check_ring
 from kernelgraft.checkpoint.waiting import Lane, Waiting
+
+logger = logging.getLogger("kernelgraft")
 
 pinned = Pinned()
 """The host memory that loads have registered at the moment, and the most that it was."""
@@ -38,7 +45,15 @@ REGISTERING, READING = 2, 12
 """Threads of either kind."""
 
 CHUNK = 8 << 20
-"""Most bytes of one read, and the size of a buffer."""
+"""Most bytes of one read by those that read, and the size of a buffer."""
+
+# Still to be measured on a GPU (`lanes-*` of benchmarks/cases.py): whether pieces that stay in the CPU's cache
+# until the device has them are worth a thread that tells the kernel of each.
+STREAMING = False
+"""Whether one thread streams through a ring, where one is granted, in place of `READING` threads."""
+
+PIECE, STREAMED = 2 << 20, 96 << 20
+"""Most bytes of one read by the thread that streams, and bytes of all its pieces together."""
 
 REGISTERED = 32 << 20
 """Bytes of a file that one thread registers at once."""
@@ -71,15 +86,25 @@ def current_streams(devices: Iterable[torch.device]) -> dict[torch.device, torch
     return streams
 
 
-def device_lanes(after: Streams, cores: int) -> list[Callable[[], Lane]]:
+def device_lanes(after: Streams, cores: int) -> tuple[list[Callable[[], Lane]], int]:
     """The lanes that read to devices, for a process that may use so many cores.
 
     Args:
         after: The caller's stream on each device. It may come in after the lanes were made, and before the first read.
             What these streams have to do with the tensors that will be filled must be done.
         cores: How many cores.
+
+    Returns:
+        What makes each lane, and how many bytes at most a read for them may have.
     """
-    return [partial(RegisteringLane, after)] * REGISTERING + [partial(ReadingLane, after)] * min(READING, cores)
+    registering: list[Callable[[], Lane]] = [partial(RegisteringLane, after)] * REGISTERING
+    if STREAMING:
+        try:
+            check_ring()
+            return [partial(StreamingLane, after, cores), *registering], PIECE
+        except RingError as error:
+            logger.debug("threads read in place of a ring: %s", error)
+    return [*registering, *[partial(ReadingLane, after)] * min(READING, cores)], CHUNK
 
 
 class _DeviceLane:
@@ -105,8 +130,16 @@ class _DeviceLane:
         torch.cuda.set_stream(self._streams[device])
         self._current = device
 
+    def _send(self, read: Read, source: torch.Tensor) -> None:
+        """Let a device copy the bytes of a read out of pinned memory."""
+        self._enter(read.out.device)
+        target = self._target(read)
+        target.copy_(source, non_blocking=True)
+        if not isinstance(read, Straight):
+            read.place(target)
+
     def _target(self, read: Read) -> torch.Tensor:
-        """Where the bytes of a read go on the device: their place, or the staging buffer."""
+        """Where the bytes of a read go on the device: their place, or the beginning of the staging buffer."""
         if isinstance(read, Straight):
             if self._filling is None or self._filling[0] is not read.out:
                 self._filling = read.out, bytes_of(read.out)
@@ -118,7 +151,7 @@ class _DeviceLane:
                 self._staging[device] = torch.empty(max(CHUNK, read.nbytes), dtype=torch.uint8, device=device)
             # It may still be used by what was enqueued before: the allocator hands memory on at once.
             self._streams[device].wait_stream(self._after[device])
-        return self._staging[device]
+        return self._staging[device].narrow(0, 0, read.nbytes)
 
     def _wait(self) -> None:
         for stream in self._streams.values():
@@ -180,11 +213,7 @@ class ReadingLane(_DeviceLane):
         buffer.wait()
         for read in task:
             read_runs(read, buffer.room[position : position + read.nbytes])
-            self._enter(read.out.device)
-            target = self._target(read)
-            target.narrow(0, 0, read.nbytes).copy_(buffer.bytes.narrow(0, position, read.nbytes), non_blocking=True)
-            if not isinstance(read, Straight):
-                read.place(target)
+            self._send(read, buffer.bytes.narrow(0, position, read.nbytes))
             position += read.nbytes
         for device in {read.out.device for read in task}:
             buffer.copied(device, self._streams[device])
@@ -193,6 +222,88 @@ class ReadingLane(_DeviceLane):
         """See `Lane`."""
         super().close()
         self._ring = []
+        self._stack.close()
+
+
+class StreamingLane(_DeviceLane):
+    """Lets the kernel fill small pinned pieces, many at a time, each on its way to a device as soon as it is full."""
+
+    def __init__(self, after: Streams, workers: int) -> None:
+        super().__init__(after)
+        self._pieces = Pieces(PIECE, max(1, STREAMED // PIECE), workers)
+        # Pieces that were sent together, and what tells that each device has copied them.
+        self._sent: deque[tuple[dict[torch.device, torch.cuda.Event], list[Piece]]] = deque()
+        self._events: dict[torch.device, list[torch.cuda.Event]] = {}
+        self._stack = ExitStack()
+        self._stack.callback(self._pieces.close)
+        try:
+            # Without it the driver copies by way of memory of its own, which is slower and as right.
+            with suppress(RegistrationError):
+                pieces = registered(self._pieces.address, self._pieces.nbytes, pinned, read_only=False)
+                self._stack.enter_context(pieces)
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def take(self, waiting: Waiting) -> list[Read]:
+        """See `Lane`; when there is nothing more to take, what was begun is sent on its way."""
+        task = waiting.take(PIECE)
+        while not task and self._pieces.being_filled:
+            self._send_all(self._pieces.filled(wait=True))
+        return task
+
+    def run(self, task: Sequence[Read]) -> None:
+        """See `Lane`; the reads are only begun when it returns."""
+        self._give_back(wait=False)
+        while not self._pieces.free:
+            # The kernel is the slower one, or the device is.
+            if self._pieces.being_filled:
+                self._send_all(self._pieces.filled(wait=True))
+                self._give_back(wait=False)
+            else:
+                self._give_back(wait=True)
+        self._pieces.begin(task)
+        self._send_all(self._pieces.filled(wait=False))
+
+    def _send_all(self, pieces: list[Piece]) -> None:
+        """Let the devices copy what is in full pieces."""
+        if not pieces:
+            return
+        devices = set()
+        for piece in pieces:
+            position = 0
+            for read in piece.task:
+                self._send(read, piece.bytes.narrow(0, position, read.nbytes))
+                position += read.nbytes
+                devices.add(read.out.device)
+        self._sent.append(({device: self._recorded(device) for device in devices}, pieces))
+
+    def _recorded(self, device: torch.device) -> torch.cuda.Event:
+        unused = self._events.setdefault(device, [])
+        event = unused.pop() if unused else torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._streams[device])
+        return event
+
+    def _give_back(self, *, wait: bool) -> None:
+        """Have the pieces again that the devices have copied, those that were sent first at least if `wait`."""
+        while self._sent:
+            events, pieces = self._sent[0]
+            if wait:
+                for event in events.values():
+                    event.synchronize()
+            elif not all(event.query() for event in events.values()):  # type: ignore[no-untyped-call]
+                return
+            wait = False
+            self._sent.popleft()
+            self._pieces.give_back(pieces)
+            for device, event in events.items():
+                self._events[device].append(event)
+
+    def close(self) -> None:
+        """See `Lane`. What cannot be waited for may still write to the pieces or read them: then they stay."""
+        self._pieces.settle()
+        super().close()
+        self._sent.clear()
         self._stack.close()
 
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from kernelgraft.checkpoint import device
 from kernelgraft.checkpoint.device import current_streams, device_lanes
 from kernelgraft.checkpoint.memory import writable
 from kernelgraft.checkpoint.positioned import read_into, read_runs
@@ -67,7 +66,7 @@ def fill(
         total += _carry_out(_in_order(others, CHUNK), [CpuLane] * _host_threads(threads), on_progress)
     if cuda:
         ready = ready or ready_for_cuda()
-        total += ready.run(_in_order(cuda, device.CHUNK), {out.device for _, out in cuda}, on_progress)
+        total += ready.run(_in_order(cuda, ready.most), {out.device for _, out in cuda}, on_progress)
     if total:
         seconds = time.perf_counter() - started
         logger.debug("read %.3f GB in %.3f s (%.1f GB/s)", total / 1e9, seconds, total / 1e9 / max(seconds, 1e-9))
@@ -89,7 +88,8 @@ def ready_for_cuda() -> "Reading":
     Hand it to `fill`, or stop it.
     """
     reading = Reading()
-    reading.start(device_lanes(reading.streams, _cores()))
+    lanes, reading.most = device_lanes(reading.streams, _cores())
+    reading.start(lanes)
     return reading
 
 
@@ -134,9 +134,11 @@ class Reading:
 
     Attributes:
         streams: The current streams of the CUDA devices that are read to, from when that is known.
+        most: How many bytes at most a read may have.
     """
 
     def __init__(self) -> None:
+        self.most = CHUNK
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
         self._waiting = Waiting()
         self._on_progress: Callable[[int], None] | None = None

@@ -78,10 +78,10 @@ class Lane(Protocol):
     """One thread's way of carrying out reads."""
 
     def take(self, waiting: Waiting) -> list[Read]:
-        """The reads that it carries out next."""
+        """The reads that it carries out next. When there are none, all that it has begun was carried out."""
 
     def run(self, task: Sequence[Read]) -> None:
-        """Carry reads out."""
+        """Carry reads out, or begin to."""
 
     def close(self) -> None:
         """Wait for what is under way, and give back what the lane holds."""

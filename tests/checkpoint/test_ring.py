@@ -1,0 +1,273 @@
+"""A ring of reads with the kernel: what it gives, what stops it, and what is left when it is closed."""
+
+import ctypes
+import errno
+import mmap
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from kernelgraft.checkpoint import device, ring
+from kernelgraft.checkpoint.device import ReadingLane, RegisteringLane, StreamingLane, device_lanes
+from kernelgraft.checkpoint.ring import Ring, RingError, check_ring
+from rings import io_workers, needs_a_ring, open_rings
+
+KB = 1 << 10
+
+
+class Buffer:
+    """Memory for reads, all ones before."""
+
+    def __init__(self, nbytes):
+        self.memory = mmap.mmap(-1, nbytes)
+        self.memory.write(b"\x01" * nbytes)
+        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
+
+
+@pytest.fixture
+def file(tmp_path):
+    """An open file, and what it holds."""
+    data = random.Random(0).randbytes(4 << 20)
+    (tmp_path / "file").write_bytes(data)
+    with open(tmp_path / "file", "rb") as opened:
+        yield opened.fileno(), data
+
+
+def results(ring, count):
+    found = {}
+    while len(found) < count:
+        ring.enter(1)
+        found |= dict(ring.completed())
+    assert not ring.completed()
+    return found
+
+
+@needs_a_ring
+@pytest.mark.parametrize("nbytes", [1, 4095, 4097, 64 * KB, 300 * KB + 7])
+def test_reads_give_the_bytes_of_the_file(file, nbytes):
+    fd, data = file
+    granted, buffer = Ring(5, 2), Buffer(8 * nbytes)
+    assert granted.entries == granted.room == 8
+    for round_number in range(7):  # the counters go around
+        offsets = [nbytes * index + round_number for index in range(8)]
+        for index, offset in enumerate(offsets):
+            granted.read(fd, buffer.address + index * nbytes, nbytes, offset, 100 + index)
+        assert granted.room == 0
+        assert results(granted, 8) == {100 + index: nbytes for index in range(8)}
+        assert buffer.memory[:] == b"".join(data[offset : offset + nbytes] for offset in offsets)
+    granted.close()
+
+
+@needs_a_ring
+def test_the_end_of_a_file_and_errors_are_results(file, tmp_path):
+    fd, data = file
+    granted, buffer = Ring(4), Buffer(100)
+    with open(tmp_path / "other", "wb") as other:
+        granted.read(fd, buffer.address, 100, len(data) - 10, 1)
+        granted.read(fd, buffer.address, 100, len(data), 2)
+        granted.read(other.fileno(), buffer.address, 100, 0, 3)
+        granted.read(fd, 0, 100, 0, 4)
+        assert results(granted, 4) == {1: 10, 2: 0, 3: -errno.EBADF, 4: -errno.EFAULT}
+    granted.close()
+
+
+@needs_a_ring
+def test_closing_waits_for_what_the_kernel_reads(file):
+    fd, data = file
+    for _ in range(20):
+        granted, buffer = Ring(64, 2), Buffer(64 * 64 * KB)
+        for index in range(63):
+            granted.read(fd, buffer.address + index * 64 * KB, 64 * KB, index * 64 * KB, index)
+        granted.enter()
+        granted.read(fd, buffer.address + 63 * 64 * KB, 64 * KB, 0, 63)  # only queued
+        granted.close()
+        assert buffer.memory[: 63 * 64 * KB] == data[: 63 * 64 * KB]
+        assert set(buffer.memory[63 * 64 * KB :]) == {1}
+        granted.close()
+    assert open_rings() == 0
+
+
+@needs_a_ring
+@pytest.mark.parametrize("workers", [1, 2])
+def test_no_more_threads_of_the_kernel_read_than_may(file, workers):
+    fd, _ = file
+    seen = []
+
+    def work():
+        granted, buffer = Ring(32, workers), Buffer(32 * 512 * KB)
+        for number in range(300):
+            while not granted.room:
+                granted.enter(1)
+                granted.completed()
+            granted.read(fd, buffer.address + number % 32 * 512 * KB, 512 * KB, number % 7 * 512 * KB, number)
+            granted.enter()
+            seen.append(io_workers(threading.get_native_id()))
+        granted.close()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert 0 < max(seen) <= workers
+    end = time.monotonic() + 10
+    while io_workers(thread.native_id) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert io_workers(thread.native_id) == 0
+
+
+# --- what interrupts
+
+
+def interrupting(monkeypatch, error):
+    """Every other time that the ring is entered it fails, before anything is done."""
+    real, entered = ring._call, []
+
+    def call(number, *arguments):
+        if number == ring._ENTER:
+            entered.append(number)
+            if len(entered) % 2:
+                raise OSError(error, os.strerror(error))
+        return real(number, *arguments)
+
+    monkeypatch.setattr(ring, "_call", call)
+    return entered
+
+
+@needs_a_ring
+def test_signals_do_not_lose_reads(file, monkeypatch):
+    fd, data = file
+    granted, buffer = Ring(16, 2), Buffer(16 * 64 * KB)
+    entered = interrupting(monkeypatch, errno.EINTR)
+    for index in range(16):
+        granted.read(fd, buffer.address + index * 64 * KB, 64 * KB, index * 64 * KB, index)
+        granted.enter()
+    assert results(granted, 16) == dict.fromkeys(range(16), 64 * KB)
+    assert buffer.memory[:] == data[: 16 * 64 * KB]
+    granted.close()
+    assert len(entered) > 17
+
+
+@needs_a_ring
+def test_a_kernel_without_memory_gets_reads_later(file, monkeypatch):
+    fd, data = file
+    granted, buffer = Ring(8, 2), Buffer(8 * 64 * KB)
+    granted.read(fd, buffer.address, 64 * KB, 0, 0)
+    granted.enter()
+    interrupting(monkeypatch, errno.EAGAIN)
+    for index in range(1, 8):
+        granted.read(fd, buffer.address + index * 64 * KB, 64 * KB, index * 64 * KB, index)
+    granted.enter()
+    assert (granted.under_way, granted.room) == (1, 0)
+    granted.enter()
+    assert (granted.under_way, granted.room) == (8, 0)
+    monkeypatch.undo()
+    assert len(results(granted, 8)) == 8
+    assert buffer.memory[:] == data[: 8 * 64 * KB]
+    granted.close()
+
+
+@needs_a_ring
+def test_a_kernel_without_memory_for_any_read_is_an_error(file, monkeypatch):
+    granted, buffer = Ring(8), Buffer(8)
+    interrupting(monkeypatch, errno.EAGAIN)
+    granted.read(file[0], buffer.address, 8, 0, 0)
+    with pytest.raises(RingError, match=r"takes no reads: .*temporarily"):
+        granted.enter(1)
+    granted.close()
+
+
+@needs_a_ring
+def test_a_ring_that_cannot_be_waited_for_keeps_what_it_has(file, monkeypatch):
+    fd, _ = file
+    granted, buffer = Ring(8), Buffer(1 << 20)
+    granted.read(fd, buffer.address, 1 << 20, 0, 0)
+    granted.enter()
+    monkeypatch.setattr(Ring, "under_way", 1)
+    interrupting(monkeypatch, errno.EBADF)
+    granted._word[granted._cq_head] = granted._word[granted._cq_tail]
+    with pytest.raises(RingError, match="cannot be waited for"):
+        granted.close()
+    assert open_rings() > 0
+    monkeypatch.undo()
+    granted.close()
+    assert open_rings() == 0
+
+
+# --- what refuses
+
+
+@pytest.fixture
+def streaming(monkeypatch):
+    monkeypatch.setattr(device, "STREAMING", True)
+    monkeypatch.setattr(device, "REGISTERING", 1)
+    monkeypatch.setattr(device, "READING", 3)
+
+
+def kinds(lanes):
+    return [lane.func for lane in lanes]
+
+
+@pytest.mark.parametrize("number", [ring._SETUP, ring._ENTER, ring._REGISTER])
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.ENOMEM, errno.EINVAL])
+def test_where_the_kernel_refuses_threads_read(number, code, monkeypatch, streaming):
+    real = ring._call
+
+    def call(asked, *arguments):
+        if asked == number:
+            raise OSError(code, os.strerror(code))
+        return real(asked, *arguments)
+
+    before = open_rings()
+    monkeypatch.setattr(ring, "_call", call)
+    with pytest.raises(RingError, match=r"^io_uring cannot be used: "):
+        check_ring()
+    lanes, most = device_lanes({}, 2)
+    assert (kinds(lanes), most) == ([RegisteringLane, ReadingLane, ReadingLane], device.CHUNK)
+    assert open_rings() == before
+
+
+@needs_a_ring
+def test_where_it_does_not_one_thread_streams(streaming):
+    lanes, most = device_lanes({}, 2)
+    assert (kinds(lanes), most) == ([StreamingLane, RegisteringLane], device.PIECE)
+    assert open_rings() == 0
+
+
+def test_elsewhere_than_on_linux_threads_read(monkeypatch, streaming):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert kinds(device_lanes({}, 1)[0]) == [RegisteringLane, ReadingLane]
+
+
+CONFINED = """
+import ctypes, os, struct, sys
+from kernelgraft.checkpoint.ring import RingError, check_ring
+
+libc = ctypes.CDLL(None)
+for case in sys.argv[1:]:
+    number, code = map(int, case.split(","))
+    if not os.fork():
+        # Load the number of the call; if it is this one, fail with this code; else go on.
+        steps = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050000 | code), (0x06, 0, 0, 0x7FFF0000)]
+        filters = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
+        assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
+        assert libc.prctl(22, 2, struct.pack("@HP", len(steps), ctypes.addressof(filters)), 0, 0) == 0  # PR_SET_SECCOMP
+        try:
+            check_ring()
+        except RingError as error:
+            print(case, error, flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@needs_a_ring
+def test_seccomp_refuses_as_containers_do():
+    numbers, codes = (ring._SETUP, ring._ENTER, ring._REGISTER), (errno.EPERM, errno.ENOSYS)
+    cases = [f"{number},{code}" for number in numbers for code in codes]
+    found = subprocess.run([sys.executable, "-c", CONFINED, *cases], capture_output=True, text=True)
+    lines = [f"{case} io_uring cannot be used: [Errno {case[4:]}]" for case in cases]
+    assert [line.partition("]")[0] + "]" for line in found.stdout.splitlines()] == lines, found.stderr
