@@ -48,8 +48,10 @@ def results(ring, count):
 
 
 @needs_a_ring
+@pytest.mark.parametrize("reorders", [False, True])
 @pytest.mark.parametrize("nbytes", [1, 4095, 4097, 64 * KB, 300 * KB + 7])
-def test_reads_give_the_bytes_of_the_file(file, nbytes):
+def test_reads_give_the_bytes_of_the_file(file, nbytes, reorders, monkeypatch):
+    monkeypatch.setattr(ring, "_LOADS_PASS_LOADS", reorders or ring._LOADS_PASS_LOADS)
     fd, data = file
     granted, buffer = Ring(5, 2), Buffer(8 * nbytes)
     assert granted.entries == granted.room == 8

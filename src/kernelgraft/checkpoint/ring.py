@@ -8,6 +8,7 @@ import ctypes
 import errno
 import mmap
 import os
+import platform
 import struct
 import sys
 from contextlib import ExitStack
@@ -29,6 +30,8 @@ _SQE = struct.Struct("=BBHiQQIIQ24x")  # opcode, flags, ioprio, fd, off, addr, l
 _CQE = struct.Struct("=QiI")  # user_data, res, flags
 _U32 = 0xFFFFFFFF
 
+_LOADS_PASS_LOADS = platform.machine() not in ("x86_64", "AMD64")
+
 
 class RingError(CheckpointError):
     """The kernel, or what confines this process, does not grant a ring."""
@@ -46,9 +49,9 @@ class Ring:
 
     # What makes plain loads and stores do, where the kernel's header asks for acquire and release:
     # - What is queued is read by this same thread, inside `enter`: a thread sees its own stores in order.
-    # - The tail of what has ended may move at any time, by another core. x86 keeps loads in order. ARM does not, so
-    #   between the load of the tail and the loads of what lies before it stands one more `enter`: ctypes gives the
-    #   interpreter up before it and takes it again afterwards, a release and an acquire, which no load passes.
+    # - The tail of what has ended may move at any time, by another core. x86 keeps loads in order. Elsewhere, between
+    #   the load of the tail and the loads of what lies before it, stands one more `enter`: ctypes gives the interpreter
+    #   up before it and takes it again afterwards, a release and an acquire, which no load passes.
     # - That our head moves before its entries were loaded does no harm: there are twice as many places for results as
     #   reads may be on their way, so the kernel never comes near what we have not taken.
 
@@ -145,7 +148,8 @@ class Ring:
         head, tail = self._word[self._cq_head], self._word[self._cq_tail]
         if head == tail:
             return []
-        self.enter()  # before what lies behind the tail is loaded: see above
+        if _LOADS_PASS_LOADS:
+            self.enter()
         found = []
         while head != tail:
             tag, result, _ = _CQE.unpack_from(self._shared, self._cqes + (head & self._cq_mask) * _CQE.size)
