@@ -57,24 +57,6 @@ _COPIES = {
     "read-huge": {"how": "read", "huge": True},
 }
 
-# Threads of ours that read, and one that streams through a ring: pieces of so many MB of so many, beside threads that
-# register pages or without them. What is found goes into `checkpoint/device.py`, and these rows go.
-_LANES = {
-    "threads": {"STREAMING": False, "REGISTERING": 0},
-    "threads+2": {"STREAMING": False, "REGISTERING": 2},
-    **{
-        f"ring-{piece}of{total}{beside}": {
-            "STREAMING": True,
-            "PIECE": piece << 20,
-            "STREAMED": total << 20,
-            "REGISTERING": registering,
-        }
-        for total in (64, 96, 192)
-        for piece in (1, 2, 4)
-        for beside, registering in (("", 0), ("+2", 2))
-    },
-}
-
 
 def _copies(what: str) -> dict[str, dict[str, Any]]:
     return {name: {"what": what, **setting} for name, setting in _COPIES.items()}
@@ -86,10 +68,6 @@ GPU = [
     *_variants("limit-pread", "limits:positioned", "8b", _POSITIONED, cuda=True),
     Case("ours-plain", "loaders:ours", "8b", {"merged": False}),
     Case("ours-merged", "loaders:ours", "8b", {"merged": True}),
-    *[
-        Case(f"lanes-{name}", "loaders:ours", "8b", {"merged": False, "lanes": lanes}, cuda=True)
-        for name, lanes in _LANES.items()
-    ],
     Case("transformers", "loaders:transformers", "8b"),
     Case("safetensors", "loaders:safetensors", "8b"),
     Case("runai", "loaders:runai", "8b", package="runai-model-streamer"),

@@ -4,7 +4,6 @@ Each function is a measurement, as `worker.py` describes it. What Transformers a
 is loaded is imported before the clock starts, for both alike.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +37,11 @@ def placing(run: Run) -> dict[str, Any]:
     return {} if run.device == "cpu" else {"device_map": run.device}
 
 
-def ours(run: Run, *, merged: bool, lanes: Mapping[str, Any] | None = None) -> Measurement:
-    """Our from_pretrained, with or without kernels that merge parameters.
-
-    Args:
-        run: The run.
-        merged: Whether with them.
-        lanes: Constants of `checkpoint/device.py` that are changed.
-    """
+def ours(run: Run, *, merged: bool) -> Measurement:
+    """Our from_pretrained, with or without kernels that merge parameters."""
     loader = import_model_code(run)
     import kernelgraft.auto
 
-    _change_lanes(lanes or {})
     yield
     config = kernel_config(merged=merged)
     with run.clock():
@@ -58,17 +50,6 @@ def ours(run: Run, *, merged: bool, lanes: Mapping[str, Any] | None = None) -> M
     expected = 2 * run.model.config["num_hidden_layers"] if merged else 0
     run.require(sites == expected, f"{sites} sites where {expected} were asked for")
     check_model(run, model)
-
-
-def _change_lanes(constants: Mapping[str, Any]) -> None:
-    from kernelgraft.checkpoint import device
-    from kernelgraft.checkpoint.ring import check_ring
-
-    for name, value in constants.items():
-        assert hasattr(device, name), name
-        setattr(device, name, value)
-    if device.STREAMING:
-        check_ring()  # where none is granted threads would be measured in its place
 
 
 def transformers(run: Run) -> Measurement:
