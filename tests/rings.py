@@ -4,20 +4,28 @@ import os
 
 import pytest
 
-from kernelgraft.checkpoint.ring import RingError, check_ring
+from kernelgraft.checkpoint.ring import Ring, RingError
 
 
-def _refusal():
+def refusal():
+    """Why this process gets no ring, if it gets none."""
     try:
-        check_ring()
+        Ring(1).close()
     except RingError as error:
         return str(error)
     return None
 
 
-_REASON = _refusal()
+_REASON = refusal()
 
 needs_a_ring = pytest.mark.skipif(_REASON is not None, reason=f"this machine grants no ring: {_REASON}")
+
+
+def ring_of(entries, workers=2):
+    """A ring for which no more than so many of the kernel's threads read in this thread."""
+    ring = Ring(entries)
+    ring.limit(workers)
+    return ring
 
 
 def open_rings():

@@ -2,19 +2,19 @@
 
 import gc
 import os
-import threading
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_files import open_files
 from torch import nn
 
 import kernelgraft
 from kernelgraft.checkpoint import device, memory, positioned
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.reader import fill
+from kernelgraft.checkpoint.ring import RingError
 from kernelgraft.errors import CheckpointError
+from leftovers import open_files, our_threads
 from rings import needs_a_ring, open_rings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -36,20 +36,27 @@ LANES = {
     "registering": (3, 0),
     "reading": (0, 3),
     "refused": (2, 2),
-    "streaming": (0, 0),
-    "streaming and registering": (2, 0),
 }
 
 
-@pytest.fixture(
-    params=[pytest.param(name, marks=[needs_a_ring] if "streaming" in name else []) for name in LANES],
-)
+@pytest.fixture
+def without_a_ring(monkeypatch):
+    """The kernel grants none."""
+
+    def refuses(*_):
+        raise RingError("no")
+
+    monkeypatch.setattr(device, "ring_for_another", refuses)
+
+
+@pytest.fixture(params=[*LANES, pytest.param("streaming", marks=needs_a_ring)])
 def way(request, monkeypatch):
     """Which lanes there are; "refused" is a driver that takes no pages of files."""
-    monkeypatch.setattr(device, "REGISTERING", LANES[request.param][0])
-    monkeypatch.setattr(device, "READING", LANES[request.param][1])
+    if request.param != "streaming":
+        request.getfixturevalue("without_a_ring")
+        monkeypatch.setattr(device, "REGISTERING", LANES[request.param][0])
+        monkeypatch.setattr(device, "READING", LANES[request.param][1])
     monkeypatch.setattr(device, "CHUNK", 1 << 18)
-    monkeypatch.setattr(device, "STREAMING", "streaming" in request.param)
     monkeypatch.setattr(device, "PIECE", 1 << 17)
     monkeypatch.setattr(device, "STREAMED", 5 << 17)
     monkeypatch.setattr(device, "REGISTERED", 1 << 20)
@@ -92,30 +99,26 @@ def test_every_layout_is_filled(way, dtype, odd, weights):
     assert device.pinned.bytes == 0
 
 
-STREAMING = [pytest.param(False, id="threads"), pytest.param(True, id="streaming", marks=needs_a_ring)]
-
-
-@pytest.mark.parametrize("streaming", STREAMING)
-def test_memory_beyond_the_tensors_is_small(streaming, weights, monkeypatch):
+@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=needs_a_ring)], ids=["threads", "streaming"])
+def test_memory_beyond_the_tensors_is_small(streaming, weights, monkeypatch, request):
     _, checkpoint = weights
-    monkeypatch.setattr(device, "STREAMING", streaming)
+    if not streaming:
+        request.getfixturevalue("without_a_ring")
     monkeypatch.setattr(device.pinned, "peak_bytes", 0)
     jobs = [(lazy, empty(tuple(lazy.shape), torch.float32, odd=False)) for lazy in layouts(checkpoint)]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     fill(jobs)
-    lanes = device.REGISTERING + (1 if streaming else device.READING)
+    lanes = 1 if streaming else device.REGISTERING + device.READING
     assert torch.cuda.max_memory_allocated() - before <= lanes * device.CHUNK
     assert torch.cuda.memory_allocated() == before
-    read = device.STREAMED if streaming else 2 * device.READING * device.CHUNK
-    assert device.pinned.peak_bytes <= device.REGISTERING * device.REGISTERED + read
+    by_threads = device.REGISTERING * device.REGISTERED + 2 * device.READING * device.CHUNK
+    assert device.pinned.peak_bytes <= (device.STREAMED if streaming else by_threads)
 
 
 @needs_a_ring
 def test_pieces_are_used_again_and_again_while_the_device_is_slow(weights, monkeypatch):
     tensors, checkpoint = weights
-    monkeypatch.setattr(device, "STREAMING", True)
-    monkeypatch.setattr(device, "REGISTERING", 0)
     monkeypatch.setattr(device, "PIECE", 1 << 16)
     monkeypatch.setattr(device, "STREAMED", 3 << 16)
     real = device.StreamingLane._send
@@ -133,24 +136,21 @@ def test_pieces_are_used_again_and_again_while_the_device_is_slow(weights, monke
 
 
 @needs_a_ring
-def test_a_file_that_was_cut_off_leaves_nothing_pinned(weights, monkeypatch):
+def test_a_file_that_was_cut_off_leaves_nothing_pinned(weights):
     _, checkpoint = weights
-    monkeypatch.setattr(device, "STREAMING", True)
-    monkeypatch.setattr(device, "REGISTERING", 0)
     path = checkpoint.files[0].path
     os.truncate(path, path.stat().st_size - 100_000)
     with pytest.raises(CheckpointError, match=r"ends at byte \d+, in the middle of"):
         fill([(lazy, empty(tuple(lazy.shape), torch.float32, odd=False)) for lazy in layouts(checkpoint)])
     assert device.pinned.bytes == 0
     assert open_rings() == 0
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kernelgraft")]
+    assert our_threads() == []
 
 
 @needs_a_ring
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
-def test_one_thread_streams_to_several_devices(weights, monkeypatch):
+def test_one_thread_streams_to_several_devices(weights):
     tensors, checkpoint = weights
-    monkeypatch.setattr(device, "STREAMING", True)
     gpus = [torch.device("cuda", index % 2) for index in range(6)]
     jobs = [
         (lazy, torch.full(tuple(lazy.shape), torch.nan, device=gpu))
@@ -173,6 +173,7 @@ def test_work_that_was_enqueued_before_is_waited_for(weights):
         assert torch.equal(out.cpu(), tensors["a"])
 
 
+@pytest.mark.usefixtures("without_a_ring")
 def test_a_disk_that_fails_leaves_nothing_pinned(weights, monkeypatch):
     _, checkpoint = weights
 
@@ -180,12 +181,11 @@ def test_a_disk_that_fails_leaves_nothing_pinned(weights, monkeypatch):
         raise OSError("the disk is gone")
 
     monkeypatch.setattr(positioned, "preadv", fails)
-    monkeypatch.setattr(device, "STREAMING", False)
     monkeypatch.setattr(device, "REGISTERING", 0)
     with pytest.raises(CheckpointError, match="cannot be read at byte"):
         fill([(lazy, empty(tuple(lazy.shape), torch.float32, odd=False)) for lazy in layouts(checkpoint)])
     assert device.pinned.bytes == 0
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kernelgraft")]
+    assert our_threads() == []
     torch.zeros(1, device=GPU).add_(1)
     torch.cuda.synchronize()
 

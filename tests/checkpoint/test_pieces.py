@@ -19,7 +19,7 @@ from kernelgraft.checkpoint import pieces
 from kernelgraft.checkpoint.pieces import Pieces
 from kernelgraft.checkpoint.ring import Ring, RingError
 from kernelgraft.errors import CheckpointError
-from rings import needs_a_ring, open_rings
+from rings import needs_a_ring, open_rings, ring_of
 
 pytestmark = needs_a_ring
 
@@ -56,8 +56,8 @@ def make():
     """Makes pieces that are closed afterwards."""
     made = []
 
-    def pieces_of(*arguments):
-        made.append(Pieces(*arguments))
+    def pieces_of(size, count):
+        made.append(Pieces(size, count, ring_of(count)))
         return made[-1]
 
     yield pieces_of
@@ -132,7 +132,7 @@ def test_every_piece_holds_the_bytes_of_its_reads(tasks, count, short):
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(Ring, "read", read):
         files = [File(Path(folder) / name, 80_000, seed) for seed, name in enumerate("ab")]
-        made = Pieces(SIZE, count, 2)
+        made = Pieces(SIZE, count, ring_of(count))
         found = carry_out(made, [[Runs(files[index], runs) for index, runs in task] for task in tasks])
         assert len(found) == len(tasks)
         assert all(held == wanted for held, wanted in found)
@@ -148,7 +148,7 @@ def test_a_whole_file_goes_through_pieces_of_any_size(size, count, tmp_path, mak
     whole = File(tmp_path / "whole", min(100_000, 300 * size))
     length = len(whole.data)
     tasks = [[Runs(whole, [(at, min(size, length - at))])] for at in range(0, length, size)]
-    found = carry_out(make(size, count, 2), tasks)
+    found = carry_out(make(size, count), tasks)
     assert sorted(held for held, _ in found) == sorted(wanted for _, wanted in found)
     assert sum(len(held) for held, _ in found) == length
     os.close(whole.fd)
@@ -164,7 +164,7 @@ def test_runs_that_touch_are_one_read(file, make, monkeypatch):
 
     monkeypatch.setattr(Ring, "read", read)
     task = [Runs(file, [(10, 5), (15, 5)]), Runs(file, [(20, 30)]), Runs(file, [(60, 1)])]
-    [(held, wanted)] = carry_out(make(100, 1, 1), [task])
+    [(held, wanted)] = carry_out(make(100, 1), [task])
     assert held == wanted
     assert asked == [(10, 40), (60, 1)]
 
@@ -172,7 +172,7 @@ def test_runs_that_touch_are_one_read(file, make, monkeypatch):
 @pytest.mark.parametrize("nbytes", [0, 101])
 def test_what_does_not_go_into_a_piece_is_refused(nbytes, file, make):
     with pytest.raises(ValueError, match="do not go into a piece of 100"):
-        make(100, 1, 1).begin([Runs(file, [(0, nbytes)])])
+        make(100, 1).begin([Runs(file, [(0, nbytes)])])
 
 
 @pytest.mark.parametrize("code", [errno.EINTR, errno.EAGAIN])
@@ -189,7 +189,7 @@ def test_reads_that_were_interrupted_are_asked_for_again(code, file, make, monke
 
     monkeypatch.setattr(Ring, "completed", completed)
     tasks = [[Runs(file, [(at, 1000), (at + 5000, 7)])] for at in range(0, 50_000, 1000)]
-    assert all(held == wanted for held, wanted in carry_out(make(2000, 3, 2), tasks))
+    assert all(held == wanted for held, wanted in carry_out(make(2000, 3), tasks))
     assert len(spoilt) == 105
 
 
@@ -200,7 +200,7 @@ def test_a_file_that_ends_names_tensor_and_offset(file, make):
     os.truncate(file.path, 40_000)
     task = [Runs(file, [(30_000, 9_999)], "first"), Runs(file, [(39_999, 5_000)], "second")]
     with pytest.raises(CheckpointError, match=rf"{file.path} ends at byte 40000, in the middle of second: it was cut"):
-        carry_out(make(20_000, 4, 2), [task])
+        carry_out(make(20_000, 4), [task])
 
 
 def test_a_file_that_cannot_be_read_names_tensor_and_offset(file, make):
@@ -208,14 +208,14 @@ def test_a_file_that_cannot_be_read_names_tensor_and_offset(file, make):
     file.fd = os.open(file.path, os.O_WRONLY)
     task = [Runs(file, [(7, 100)], "the tensor")]
     with pytest.raises(CheckpointError, match=rf"{file.path}: the tensor cannot be read at byte 7: .*Bad file"):
-        carry_out(make(1000, 4, 2), [task])
+        carry_out(make(1000, 4), [task])
 
 
 def test_a_file_that_was_replaced_is_read_as_it_was_opened(file, make):
     other = file.path.with_name("other")
     other.write_bytes(b"\0" * len(file.data))
     os.replace(other, file.path)
-    [(held, wanted)] = carry_out(make(90_000, 1, 1), [[Runs(file, [(0, 90_000)])]])
+    [(held, wanted)] = carry_out(make(90_000, 1), [[Runs(file, [(0, 90_000)])]])
     assert held == wanted
 
 
@@ -225,7 +225,7 @@ def test_closed_in_the_middle_nothing_is_written_any_more(file):
             return "io_uring" in found.read()
 
     for _ in range(10):
-        made = Pieces(90_000, 30, 2)
+        made = Pieces(90_000, 30, ring_of(30))
         for _ in range(30):
             made.begin([Runs(file, [(0, 50_000), (55_000, 9)])])
         made.filled(wait=False)
@@ -245,12 +245,12 @@ def test_without_memory_no_ring_is_left(monkeypatch):
 
     monkeypatch.setattr(pieces, "Mapped", fails)
     with pytest.raises(CheckpointError, match="no memory"):
-        Pieces(1000, 3, 1)
+        Pieces(1000, 3, ring_of(3))
     assert open_rings() == 0
 
 
 def test_memory_that_may_still_be_written_to_stays(file, monkeypatch):
-    made = Pieces(1000, 3, 1)
+    made = Pieces(1000, 3, ring_of(3))
 
     def fails(_):
         raise RingError("cannot be waited for")

@@ -5,17 +5,15 @@ import errno
 import mmap
 import os
 import random
-import subprocess
-import sys
 import threading
 import time
 
 import pytest
 
-from kernelgraft.checkpoint import device, ring
-from kernelgraft.checkpoint.device import ReadingLane, RegisteringLane, StreamingLane, device_lanes
-from kernelgraft.checkpoint.ring import Ring, RingError, check_ring
-from rings import io_workers, needs_a_ring, open_rings
+from forked import forked
+from kernelgraft.checkpoint import ring
+from kernelgraft.checkpoint.ring import Ring, RingError
+from rings import io_workers, needs_a_ring, open_rings, ring_of
 
 KB = 1 << 10
 
@@ -23,8 +21,8 @@ KB = 1 << 10
 class Buffer:
     """Memory for reads, all ones before."""
 
-    def __init__(self, nbytes):
-        self.memory = mmap.mmap(-1, nbytes)
+    def __init__(self, nbytes, flags=mmap.MAP_SHARED):
+        self.memory = mmap.mmap(-1, nbytes, flags)
         self.memory.write(b"\x01" * nbytes)
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.memory))
 
@@ -53,7 +51,7 @@ def results(ring, count):
 def test_reads_give_the_bytes_of_the_file(file, nbytes, reorders, monkeypatch):
     monkeypatch.setattr(ring, "_LOADS_PASS_LOADS", reorders or ring._LOADS_PASS_LOADS)
     fd, data = file
-    granted, buffer = Ring(5, 2), Buffer(8 * nbytes)
+    granted, buffer = ring_of(5), Buffer(8 * nbytes)
     assert granted.entries == granted.room == 8
     for round_number in range(7):  # the counters go around
         offsets = [nbytes * index + round_number for index in range(8)]
@@ -82,7 +80,7 @@ def test_the_end_of_a_file_and_errors_are_results(file, tmp_path):
 def test_closing_waits_for_what_the_kernel_reads(file):
     fd, data = file
     for _ in range(20):
-        granted, buffer = Ring(64, 2), Buffer(64 * 64 * KB)
+        granted, buffer = ring_of(64), Buffer(64 * 64 * KB)
         for index in range(63):
             granted.read(fd, buffer.address + index * 64 * KB, 64 * KB, index * 64 * KB, index)
         granted.enter()
@@ -100,8 +98,10 @@ def test_no_more_threads_of_the_kernel_read_than_may(file, workers):
     fd, _ = file
     seen = []
 
+    granted, buffer = Ring(32), Buffer(32 * 512 * KB)
+
     def work():
-        granted, buffer = Ring(32, workers), Buffer(32 * 512 * KB)
+        granted.limit(workers)
         for number in range(300):
             while not granted.room:
                 granted.enter(1)
@@ -142,7 +142,7 @@ def interrupting(monkeypatch, error):
 @needs_a_ring
 def test_signals_do_not_lose_reads(file, monkeypatch):
     fd, data = file
-    granted, buffer = Ring(16, 2), Buffer(16 * 64 * KB)
+    granted, buffer = ring_of(16), Buffer(16 * 64 * KB)
     entered = interrupting(monkeypatch, errno.EINTR)
     for index in range(16):
         granted.read(fd, buffer.address + index * 64 * KB, 64 * KB, index * 64 * KB, index)
@@ -156,7 +156,7 @@ def test_signals_do_not_lose_reads(file, monkeypatch):
 @needs_a_ring
 def test_a_kernel_without_memory_gets_reads_later(file, monkeypatch):
     fd, data = file
-    granted, buffer = Ring(8, 2), Buffer(8 * 64 * KB)
+    granted, buffer = ring_of(8), Buffer(8 * 64 * KB)
     granted.read(fd, buffer.address, 64 * KB, 0, 0)
     granted.enter()
     interrupting(monkeypatch, errno.EAGAIN)
@@ -199,77 +199,57 @@ def test_a_ring_that_cannot_be_waited_for_keeps_what_it_has(file, monkeypatch):
     assert open_rings() == 0
 
 
-# --- what refuses
-
-
-@pytest.fixture
-def streaming(monkeypatch):
-    monkeypatch.setattr(device, "STREAMING", True)
-    monkeypatch.setattr(device, "REGISTERING", 1)
-    monkeypatch.setattr(device, "READING", 3)
-
-
-def kinds(lanes):
-    return [lane.func for lane in lanes]
-
-
-@pytest.mark.parametrize("number", [ring._SETUP, ring._ENTER, ring._REGISTER])
-@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOSYS, errno.ENOMEM, errno.EINVAL])
-def test_where_the_kernel_refuses_threads_read(number, code, monkeypatch, streaming):
-    real = ring._call
-
-    def call(asked, *arguments):
-        if asked == number:
-            raise OSError(code, os.strerror(code))
-        return real(asked, *arguments)
-
-    before = open_rings()
-    monkeypatch.setattr(ring, "_call", call)
-    with pytest.raises(RingError, match=r"^io_uring cannot be used: "):
-        check_ring()
-    lanes, most = device_lanes({}, 2)
-    assert (kinds(lanes), most) == ([RegisteringLane, ReadingLane, ReadingLane], device.CHUNK)
-    assert open_rings() == before
+# --- forks
 
 
 @needs_a_ring
-def test_where_it_does_not_one_thread_streams(streaming):
-    lanes, most = device_lanes({}, 2)
-    assert (kinds(lanes), most) == ([StreamingLane, RegisteringLane], device.PIECE)
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_fork_disturbs_no_reads_and_has_rings_of_its_own(file):
+    fd, data = file
+
+    def read_all(granted, buffer):
+        assert results(granted, 64) == dict.fromkeys(range(64), 64 * KB)
+        assert buffer.memory[:] == data[: 64 * 64 * KB]
+        granted.close()
+
+    def begin():
+        granted, buffer = ring_of(64), Buffer(64 * 64 * KB, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        for index in range(64):
+            granted.read(fd, buffer.address + index * 64 * KB, 64 * KB, index * 64 * KB, index)
+        granted.enter()
+        return granted, buffer
+
+    for _ in range(5):
+        granted, buffer = begin()
+        assert forked(lambda: read_all(*begin())) == "done"  # while the first is read
+        read_all(granted, buffer)
     assert open_rings() == 0
 
 
-def test_elsewhere_than_on_linux_threads_read(monkeypatch, streaming):
-    monkeypatch.setattr(sys, "platform", "darwin")
-    assert kinds(device_lanes({}, 1)[0]) == [RegisteringLane, ReadingLane]
-
-
-CONFINED = """
-import ctypes, os, struct, sys
-from kernelgraft.checkpoint.ring import RingError, check_ring
-
-libc = ctypes.CDLL(None)
-for case in sys.argv[1:]:
-    number, code = map(int, case.split(","))
-    if not os.fork():
-        # Load the number of the call; if it is this one, fail with this code; else go on.
-        steps = [(0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050000 | code), (0x06, 0, 0, 0x7FFF0000)]
-        filters = ctypes.create_string_buffer(b"".join(struct.pack("=HBBI", *step) for step in steps))
-        assert libc.prctl(38, 1, 0, 0, 0) == 0  # PR_SET_NO_NEW_PRIVS
-        assert libc.prctl(22, 2, struct.pack("@HP", len(steps), ctypes.addressof(filters)), 0, 0) == 0  # PR_SET_SECCOMP
-        try:
-            check_ring()
-        except RingError as error:
-            print(case, error, flush=True)
-        os._exit(0)
-    os.wait()
-"""
+@needs_a_ring
+def test_a_ring_that_nobody_closes_gives_its_descriptor_back():
+    granted = Ring(4)
+    assert open_rings() > 0
+    del granted
+    assert open_rings() == 0
 
 
 @needs_a_ring
-def test_seccomp_refuses_as_containers_do():
-    numbers, codes = (ring._SETUP, ring._ENTER, ring._REGISTER), (errno.EPERM, errno.ENOSYS)
-    cases = [f"{number},{code}" for number in numbers for code in codes]
-    found = subprocess.run([sys.executable, "-c", CONFINED, *cases], capture_output=True, text=True)
-    lines = [f"{case} io_uring cannot be used: [Errno {case[4:]}]" for case in cases]
-    assert [line.partition("]")[0] + "]" for line in found.stdout.splitlines()] == lines, found.stderr
+def test_a_limit_that_is_refused_is_an_error(monkeypatch):
+    granted = Ring(4)
+
+    def call(*_):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ring, "_call", call)
+        with pytest.raises(RingError, match=r"threads cannot be limited to 3: .*Invalid argument"):
+            granted.limit(3)
+    granted.close()
+
+
+@needs_a_ring
+def test_a_program_that_is_started_does_not_get_the_ring():
+    granted = Ring(4)
+    assert not os.get_inheritable(granted._fd)
+    granted.close()

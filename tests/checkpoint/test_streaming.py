@@ -3,70 +3,30 @@
 `test_device.py` has the same with a GPU.
 """
 
+import errno
 import os
-import random
 import signal
 import threading
 import time
-from collections import deque
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from test_files import open_files
 
 from kernelgraft.checkpoint import device, reader
 from kernelgraft.checkpoint.device import StreamingLane
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.memory import RegistrationError
 from kernelgraft.checkpoint.pieces import Pieces
+from kernelgraft.checkpoint.ring import Ring, RingError
 from kernelgraft.errors import CheckpointError
+from leftovers import open_files
+from made_up_device import CPU, Stream, made_up_device
 from rings import needs_a_ring, open_rings
 
 pytestmark = needs_a_ring
-
-CPU = torch.device("cpu")
-
-
-class Stream:
-    """Work that waits until somebody waits for it, or a little longer."""
-
-    random = random.Random(0)
-
-    def __init__(self, device=CPU):
-        self.waiting = deque()
-        self.number_done = 0
-        self.number_put = 0
-
-    def put(self, work):
-        self.waiting.append(work)
-        self.number_put += 1
-
-    def do(self, upto):
-        while self.number_done < upto:
-            self.waiting.popleft()()
-            self.number_done += 1
-
-    def synchronize(self):
-        self.do(self.number_put)
-
-    def wait_stream(self, other):
-        other.synchronize()
-
-
-class Event:
-    def record(self, stream):
-        self.stream, self.upto = stream, stream.number_put
-
-    def query(self):
-        stream = self.stream
-        stream.do(min(stream.number_put, stream.number_done + stream.random.choice([0, 0, 1, 3])))
-        return stream.number_done >= self.upto
-
-    def synchronize(self):
-        self.stream.do(self.upto)
 
 
 @pytest.fixture(params=[(1 << 16, 1), (1 << 16, 3), (1 << 18, 8)], ids=["1x64K", "3x64K", "8x256K"])
@@ -75,35 +35,8 @@ def streams(request, monkeypatch):
     size, count = request.param
     monkeypatch.setattr(device, "PIECE", size)
     monkeypatch.setattr(device, "STREAMED", size * count)
-    made = []
-
-    def stream(of):
-        made.append(Stream(of))
-        return made[-1]
-
-    @contextmanager
-    def register(address, nbytes, pinned, *, read_only):
-        pinned.add(nbytes)
-        yield
-        assert not any(each.waiting for each in made)  # the device still reads it
-        pinned.add(-nbytes)
-
-    real = StreamingLane._send
-
-    def send(lane, read, source):
-        lane._enter(read.out.device)
-        lane._streams[read.out.device].put(partial(real, lane, read, source))
-
-    monkeypatch.setattr(torch.cuda, "Stream", stream)
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
-    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    monkeypatch.setattr(device, "registered", register)
-    monkeypatch.setattr(StreamingLane, "_send", send)
-    yield made
-    assert device.pinned.bytes == 0
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("kernelgraft")]
-    assert open_rings() == 0
+    with made_up_device(monkeypatch) as made:
+        yield made
 
 
 @pytest.fixture
@@ -130,7 +63,7 @@ def layouts(given):
 def fill(jobs, on_progress=None, others=()):
     reading = reader.Reading()
     reading.streams[CPU] = Stream()
-    reading.start([partial(StreamingLane, reading.streams, 2), *others])
+    reading.start([partial(StreamingLane, reading.streams, Ring(8), 2), *others])
     return reading.run(reader._in_order(jobs, device.PIECE), (), on_progress)
 
 
@@ -171,6 +104,19 @@ def test_a_file_that_was_cut_off_leaves_nothing(streams, weights):
         fill(jobs_of(layouts(checkpoint)))
 
 
+def test_a_disk_that_fails_leaves_nothing(streams, weights, monkeypatch):
+    real, ended = Ring.completed, []
+
+    def completed(ring):
+        found = real(ring)
+        ended.extend(found)
+        return [(tag, -errno.EIO) for tag, _ in found] if len(ended) > 3 else found
+
+    monkeypatch.setattr(Ring, "completed", completed)
+    with pytest.raises(CheckpointError, match=r"safetensors: \S+ cannot be read at byte \d+: .*Input/output error"):
+        fill(jobs_of(layouts(weights[1])))
+
+
 def test_an_error_elsewhere_ends_it(streams, weights):
     def fails():
         raise CheckpointError("another lane cannot be made")
@@ -201,7 +147,7 @@ def test_ctrl_c_ends_it(streams, weights, monkeypatch):
 
 def test_it_is_stopped_before_it_has_read_anything(streams):
     reading = reader.Reading()
-    reading.start([partial(StreamingLane, reading.streams, 2)])
+    reading.start([partial(StreamingLane, reading.streams, Ring(8), 2)])
     reading.stop()
 
 
@@ -213,7 +159,22 @@ def test_a_failed_registration_gives_everything_back(streams, monkeypatch):
 
     monkeypatch.setattr(device, "registered", breaks)
     with pytest.raises(RuntimeError, match="the driver is gone"):
-        StreamingLane({}, 1)
+        StreamingLane({}, Ring(8), 1)
+
+
+def test_threads_that_cannot_be_limited_give_everything_back(streams, monkeypatch):
+    def fails(*_):
+        raise RingError("io_uring's threads cannot be limited")
+
+    monkeypatch.setattr(Ring, "limit", fails)
+    with pytest.raises(RingError, match="cannot be limited"):
+        StreamingLane({}, Ring(8), 1)
+
+
+def test_lanes_that_nobody_starts_leave_nothing(streams):
+    lanes, _ = device.device_lanes({}, 2)
+    assert open_rings() > 0
+    del lanes
 
 
 def test_files_are_let_go(streams, weights, tmp_path):

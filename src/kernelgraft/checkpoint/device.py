@@ -1,10 +1,10 @@
 """Reads into the memory of CUDA devices, without a host copy of the model.
 
-There are two ways, and threads of both kinds work through the same reads at the same time, since they wait for
-different things. One registers pages of the mapped file with the driver, and the device copies them itself; what costs
-is the registration. The other fills pinned buffers by positioned reads; what costs is the copy by the CPU. Threads of
-ours do it or, where the kernel grants a ring, the kernel's, and one of ours tells them what to read. Bytes go straight
-into place, or into a small staging buffer on the device, which lays them out anew.
+Where the kernel grants a ring, one thread of ours has it fill small pinned pieces of memory from the files, and the
+device copies each as soon as it is full. Elsewhere threads do it, in two ways and at the same time, since they wait for
+different things: some fill pinned buffers by positioned reads, and what costs is the copy by the CPU; others register
+pages of the mapped file with the driver, the device copies them itself, and what costs is the registration. Bytes go
+straight into place, or into a small staging buffer on the device, which lays them out anew.
 """
 
 import logging
@@ -29,7 +29,7 @@ from kernelgraft.checkpoint.memory import (
 from kernelgraft.checkpoint.pieces import Piece, Pieces
 from kernelgraft.checkpoint.positioned import read_runs
 from kernelgraft.checkpoint.requests import Read, Straight
-from kernelgraft.checkpoint.ring import RingError, check_ring
+from kernelgraft.checkpoint.ring import Ring, RingError, ring_for_another
 from kernelgraft.checkpoint.waiting import Lane, Waiting
 
 logger = logging.getLogger("kernelgraft")
@@ -37,23 +37,24 @@ logger = logging.getLogger("kernelgraft")
 pinned = Pinned()
 """The host memory that loads have registered at the moment, and the most that it was."""
 
-# Seconds for 16.4 GB in the page cache to an H100 (16 cores, torch 2.11, 2026-11-28, medians of 7, in turn), by threads
-# that read and threads that register (32 MB each): 16 + 0 0.66, 12 + 0 0.67, 12 + 4 0.68, 8 + 4 0.72, 8 + 0 0.76,
-# 0 + 12 1.00; in chunks of 4 MB 16 + 0 took 1.01, in chunks of 16 MB 0.65. On an H200 registering was the faster way
-# (0.66 to 0.85 against 1.0 to 1.2, 2026-11-24), so there is some of both.
+# Seconds of filling 16.4 GB from the page cache through a ring (H200, 16 cores, torch 2.11, Linux 6.18, 2026-11-28,
+# medians of 5, in turn), by MB of a piece and of all: 1 of 64 0.76, 2 of 64 0.41, 2 of 96 0.42, 4 of 96 0.38,
+# 4 of 192 0.42, 8 of 192 0.44; by threads, as below, 0.58. Two threads that register take the interpreter from the one
+# that streams: with them 4 of 96 took 0.80. A whole from_pretrained in fresh processes (medians of 3) took 0.53 with
+# 4 of 96, 0.61 with 2 of 96 and with 4 of 192, 0.79 with threads.
+PIECE, STREAMED = 4 << 20, 96 << 20
+"""Most bytes of one read by the thread that streams, and bytes of all its pieces together."""
+
+# The same by threads that read and threads that register (32 MB each), on an H100 (2026-11-28, medians of 7): 16 + 0
+# 0.66, 12 + 0 and 12 + 2 0.67, 12 + 4 0.68, 8 + 4 0.72, 8 + 0 0.76, 0 + 12 1.00; in chunks of 4 MB 16 + 0 took 1.01, in
+# chunks of 16 MB 0.65. On the H200 above: 12 + 0 0.53, 12 + 2 0.58. So those that register gained nothing on either
+# machine. There are some because on an H200 of another day they were the faster way (0.66 to 0.85 against 1.0 to 1.2,
+# 2026-11-24, by code that was thrown away), and where that is so the larger share of the reads falls to them.
 REGISTERING, READING = 2, 12
-"""Threads of either kind."""
+"""Threads of either kind where no ring is granted."""
 
 CHUNK = 8 << 20
 """Most bytes of one read by those that read, and the size of a buffer."""
-
-# Still to be measured on a GPU (`lanes-*` of benchmarks/cases.py): whether pieces that stay in the CPU's cache
-# until the device has them are worth a thread that tells the kernel of each.
-STREAMING = False
-"""Whether one thread streams through a ring, where one is granted, in place of `READING` threads."""
-
-PIECE, STREAMED = 2 << 20, 96 << 20
-"""Most bytes of one read by the thread that streams, and bytes of all its pieces together."""
 
 REGISTERED = 32 << 20
 """Bytes of a file that one thread registers at once."""
@@ -97,14 +98,14 @@ def device_lanes(after: Streams, cores: int) -> tuple[list[Callable[[], Lane]], 
     Returns:
         What makes each lane, and how many bytes at most a read for them may have.
     """
-    registering: list[Callable[[], Lane]] = [partial(RegisteringLane, after)] * REGISTERING
-    if STREAMING:
-        try:
-            check_ring()
-            return [partial(StreamingLane, after, cores), *registering], PIECE
-        except RingError as error:
-            logger.debug("threads read in place of a ring: %s", error)
-    return [*registering, *[partial(ReadingLane, after)] * min(READING, cores)], CHUNK
+    try:
+        # Kept from here on: a second one might not be granted.
+        ring = ring_for_another(STREAMED // PIECE)
+    except RingError as error:
+        logger.debug("threads read in place of a ring: %s", error)
+        threads: list[Callable[[], Lane]] = [partial(RegisteringLane, after)] * REGISTERING
+        return [*threads, *[partial(ReadingLane, after)] * min(READING, cores)], CHUNK
+    return [partial(StreamingLane, after, ring, cores)], PIECE
 
 
 class _DeviceLane:
@@ -228,15 +229,16 @@ class ReadingLane(_DeviceLane):
 class StreamingLane(_DeviceLane):
     """Lets the kernel fill small pinned pieces, many at a time, each on its way to a device as soon as it is full."""
 
-    def __init__(self, after: Streams, workers: int) -> None:
+    def __init__(self, after: Streams, ring: Ring, workers: int) -> None:
         super().__init__(after)
-        self._pieces = Pieces(PIECE, max(1, STREAMED // PIECE), workers)
+        self._pieces = Pieces(PIECE, STREAMED // PIECE, ring)
         # Pieces that were sent together, and what tells that each device has copied them.
         self._sent: deque[tuple[dict[torch.device, torch.cuda.Event], list[Piece]]] = deque()
         self._events: dict[torch.device, list[torch.cuda.Event]] = {}
         self._stack = ExitStack()
         self._stack.callback(self._pieces.close)
         try:
+            ring.limit(workers)
             # Without it the driver copies by way of memory of its own, which is slower and as right.
             with suppress(RegistrationError):
                 pieces = registered(self._pieces.address, self._pieces.nbytes, pinned, read_only=False)

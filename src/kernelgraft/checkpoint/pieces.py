@@ -61,23 +61,23 @@ class Pieces:
         free: Those that nothing is in, the one that was given back last at the end.
     """
 
-    def __init__(self, size: int, count: int, workers: int) -> None:
-        """Take the memory, and a ring.
+    def __init__(self, size: int, count: int, ring: Ring) -> None:
+        """Take the memory.
 
         Args:
             size: Bytes of a piece.
             count: How many pieces.
-            workers: How many of the kernel's threads may read.
+            ring: What reads into them. It is closed with them, also if there is no memory.
 
         Raises:
-            CheckpointError: There is no memory, or no ring is granted.
+            CheckpointError: There is no memory.
         """
         self.size, self.nbytes = size, size * count
-        self._ring = Ring(count, workers)
+        self._ring = ring
         try:
             self._memory = Mapped(self.nbytes)
         except BaseException:
-            self._ring.close()
+            ring.close()
             raise
         self.address = self._memory.address
         advise_huge(self.address, self.nbytes)

@@ -11,6 +11,8 @@ import os
 import platform
 import struct
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import cache
 from typing import Any
@@ -55,30 +57,33 @@ class Ring:
     # - That our head moves before its entries were loaded does no harm: there are twice as many places for results as
     #   reads may be on their way, so the kernel never comes near what we have not taken.
 
-    def __init__(self, entries: int, workers: int = 0) -> None:
+    def __init__(self, entries: int) -> None:
         """Set a ring up.
 
         Args:
             entries: At least so many entries; the kernel takes the next power of two.
-            workers: How many of the kernel's threads may read for the calling thread (on each NUMA node, in older
-                kernels); with 0 that stays as it is. It outlasts the ring, but not the thread.
 
         Raises:
-            RingError: It is not granted.
+            RingError: It is not granted: not by kernels before 5.15, nor where the administrator has switched io_uring
+                off, a container's filter of system calls refuses it, or there is no descriptor left, or no memory
+                (Linux counts it as locked in some versions).
         """
         if sys.platform != "linux":
             raise RingError("io_uring is Linux's.")
         with ExitStack() as stack:
             try:
-                self._set_up(entries, workers, stack)
+                self._set_up(entries, stack)
             except OSError as error:
                 raise RingError(f"io_uring cannot be used: {error}") from error
             self._stack = stack.pop_all()
 
-    def _set_up(self, entries: int, workers: int, stack: ExitStack) -> None:
+    def _set_up(self, entries: int, stack: ExitStack) -> None:
         params = ctypes.create_string_buffer(_PARAMS_SIZE)
         self._fd = _call(_SETUP, entries, params)
-        stack.callback(os.close, self._fd)
+        # A ring that nobody came to use, and so nobody closes, gives its descriptor back nevertheless.
+        finalizer = weakref.finalize(self, os.close, self._fd)
+        finalizer.atexit = False
+        stack.callback(finalizer)
         sizes: tuple[int, int] = struct.unpack_from("=2I", params)
         self.entries, num_results = sizes
         self._sq_head, self._sq_tail, sq_mask, _, _, _, sq_array = _words("=7I", params, _SQ_PARAMS)
@@ -92,9 +97,26 @@ class Ring:
         self._sq_mask, self._cq_mask = self._word[sq_mask], self._word[cq_mask]
         for index in range(self.entries):
             self._word[sq_array + index] = index
+        # What refuses one of the other calls alone is found out here; both do nothing.
+        self._limit(0)
+        _call(_ENTER, self._fd, 0, 0, _GETEVENTS, None, 0)
+
+    def limit(self, workers: int) -> None:
+        """Say how many of the kernel's threads may read for the calling thread (on each NUMA node, in older kernels).
+
+        It holds for every ring of the thread, and of the one that made this ring, and outlasts the ring.
+
+        Raises:
+            RingError: The kernel refuses.
+        """
+        try:
+            self._limit(workers)
+        except OSError as error:
+            raise RingError(f"io_uring's threads cannot be limited to {workers}: {error}") from error
+
+    def _limit(self, workers: int) -> None:
         # Reads of files count as bounded work, but those that are asynchronous from the start as unbounded.
         _call(_REGISTER, self._fd, _MAX_WORKERS, (ctypes.c_uint * 2)(workers, workers), 2)
-        _call(_ENTER, self._fd, 0, 0, _GETEVENTS, None, 0)  # what refuses this alone is found out here
 
     @property
     def room(self) -> int:
@@ -174,13 +196,17 @@ class Ring:
         self._stack.close()
 
 
-def check_ring() -> None:
-    """See whether this process can have rings.
+def ring_for_another(entries: int) -> Ring:
+    """A ring for another thread than the calling one, which the kernel will not connect with it.
+
+    It connects a ring with the thread that makes it: what that other thread says by `limit` would hold for all rings of
+    the calling one too. So a thread makes it that ends at once.
 
     Raises:
-        RingError: It cannot.
+        RingError: See `Ring`.
     """
-    Ring(1).close()
+    with ThreadPoolExecutor(1) as maker:
+        return maker.submit(Ring, entries).result()
 
 
 def _words(layout: str, params: Any, at: int) -> list[int]:
