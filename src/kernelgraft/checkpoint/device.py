@@ -46,7 +46,7 @@ PIECE, STREAMED = 4 << 20, 96 << 20
 """Most bytes of one read by the thread that streams, and bytes of all its pieces together."""
 
 # The same by threads that read and threads that register (32 MB each), on an H100 (2026-11-28, medians of 7): 16 + 0
-# 0.66, 12 + 0 and 12 + 2 0.67, 12 + 4 0.68, 8 + 4 0.72, 8 + 0 0.76, 0 + 12 1.00; in chunks of 4 MB 16 + 0 took 1.01, in
+# 0.66, 12 + 0 0.67, 12 + 4 0.68, 8 + 4 0.72, 8 + 0 0.76, 0 + 12 1.00; in chunks of 4 MB 16 + 0 took 1.01, in
 # chunks of 16 MB 0.65. On the H200 above: 12 + 0 0.53, 12 + 2 0.58. So those that register gained nothing on either
 # machine. There are some because on an H200 of another day they were the faster way (0.66 to 0.85 against 1.0 to 1.2,
 # 2026-11-24, by code that was thrown away), and where that is so the larger share of the reads falls to them.
