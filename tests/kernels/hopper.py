@@ -48,7 +48,7 @@ def is_multiple(value):
     return (value.data_ptr() if isinstance(value, torch.Tensor) else type(value) is int and value) % 16 == 0
 
 
-def compile_instead(self, *args, grid, warmup, num_warps=4, num_stages=3, **kwargs):
+def compile_instead(self, *args, grid, warmup, num_warps=4, num_stages=3, enable_fp_fusion=True, **kwargs):
     """In the place of a launch. A pointer that is not there is a constant, and so is a 1, as Triton has it."""
     given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
     constants = {p.name: given[p.name] for p in self.params if p.is_constexpr or is_constant(given[p.name])}
@@ -60,7 +60,8 @@ def compile_instead(self, *args, grid, warmup, num_warps=4, num_stages=3, **kwar
         if name not in constants and is_multiple(given[name])
     }
     source = ASTSource(self, signature, known, multiples)
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert f".entry {self.__name__}" in made.asm["ptx"]
     assert made.metadata.shared <= SHARED_MEMORY, f"{self.__name__} takes {made.metadata.shared} bytes: {given}"
     compiled.setdefault(self.__name__, []).append(made.asm["ptx"])
@@ -90,6 +91,7 @@ def launch_all():
     for weights in ((None, None), (head, head)):
         rotation = (qkv, cos, cos, *weights, 4, 128, 1e-6, 0.0, True)
         q, k, v = rotary_kernels.launch(*rotation, True)
+        assert "fma" not in compiled["_forward"][-1], "a product that the original rounds goes unrounded into a sum"
         rotary_kernels.launch_backward(q, k, v, qkv, cos, cos, *weights, qkv.dtype, 1e-6, 0.0, True)
     cache, position = empty(2, 2, 600, 128), torch.zeros(1, dtype=torch.int64)
     rotary_kernels.launch_into(*rotation, cache, cache.clone(), position)

@@ -82,7 +82,7 @@ def test_gradients(kind, dtype, shape, one_batch):
 def test_rounded_where_the_reference_rounds(kind, dtype):
     tensors, numbers = given_for(kind, (2, 9, (4, 2), 64), dtype)
     for found, wanted in zip(op.rotate(**tensors, **numbers), op.reference(**tensors, **numbers), strict=True):
-        # The order in which squares are added up shows in a few last bits; a product may be fused with a sum on a GPU.
+        # The order in which squares are added up shows in a few last bits.
         assert (found == wanted).float().mean() > (0.99 if dtype != torch.float32 or kind == "none" else 0.5)
     assert found.dtype == dtype
 

@@ -360,6 +360,8 @@ def _launch(qkv, cos, sin, q_weight, k_weight, q, k, v, position, copies, eps, o
         NORM_DTYPE=_TRITON_DTYPES[dtypes(qkv, cos, q_weight, rounds_first)[0]], STORES=position is not None,
         OVERLAPS=overlaps, HALF=head_dim // 2, COLUMNS=chosen.columns, TOKENS=chosen.tokens, HEADS=chosen.heads,
         num_warps=chosen.num_warps, **overlap.options(overlaps),
+        # The rounded products and their sum become arithmetic of the dtype, and fused they would not be rounded.
+        enable_fp_fusion=False,
     )  # fmt: skip
 
 
