@@ -82,14 +82,20 @@ def inputs(kind, seed=0, batch=2, length=7):
     return {"input_ids": torch.randint(2, SEQUENCE["vocab_size"] - 1, (batch, length), generator=generator)}
 
 
+def inputs_of(model, kind, **kwargs):
+    """`inputs` where the model's first parameter is."""
+    device = next(model.parameters()).device
+    return {name: each.to(device) for name, each in inputs(kind, **kwargs).items()}
+
+
 def logits(model, kind="qwen3", **kwargs):
     with torch.no_grad():
-        return model(**inputs(kind, **kwargs)).logits
+        return model(**inputs_of(model, kind, **kwargs)).logits
 
 
 def generate(model, num_tokens=6):
     """Tokens by greedy search from a prompt that is the same each time."""
-    prompt = inputs("qwen3", batch=2, length=5)["input_ids"]
+    prompt = inputs_of(model, "qwen3", batch=2, length=5)["input_ids"]
     mask = torch.ones_like(prompt)
     return model.generate(prompt, attention_mask=mask, max_new_tokens=num_tokens, do_sample=False)
 
@@ -102,7 +108,7 @@ def gradients(model, kind="qwen3"):
 
 
 def loss(model, kind="qwen3"):
-    return model(**inputs(kind)).logits.float().pow(2).mean()
+    return model(**inputs_of(model, kind)).logits.float().pow(2).mean()
 
 
 def switch_checkpointing(model, on, *args, **kwargs):

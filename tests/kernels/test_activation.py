@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from drawn import DTYPES, ROUNDED, close, few, tensor
+from drawn import DEVICE, DTYPES, ROUNDED, close, few, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -46,7 +46,7 @@ def test_rounded_where_the_reference_rounds(act, dtype):
 @pytest.mark.usefixtures("in_triton")
 @pytest.mark.parametrize("act", op.ACTIVATIONS)
 def test_far_from_zero_nothing_overflows(act):
-    gate_up = torch.tensor([[-1e4, -90.0, 90.0, 1e4, 1.0, 1.0, 1.0, 1.0]]).repeat(2, 1).requires_grad_()
+    gate_up = torch.tensor([[-1e4, -90.0, 90.0, 1e4, 1.0, 1.0, 1.0, 1.0]], device=DEVICE).repeat(2, 1).requires_grad_()
     y = op.gated_activation(gate_up, act)
     y.sum().backward()
     close(y.detach(), op.reference(gate_up.detach().double(), act), torch.float32, size=1.0)

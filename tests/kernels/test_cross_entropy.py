@@ -135,7 +135,7 @@ def test_in_float64_it_is_what_torch_gives():
 def test_rounded_where_the_reference_rounds(dtype, rounds, divides):
     formula = rows.Formula(-100, 0.1, 8.0 if divides else 0.125, divides, 4.0, rounds)
     logits, target = tensor(9, 200, dtype=dtype, scale=3), targets((9,), 200)
-    found, wanted = (torch.empty(9) for _ in range(2))
+    found, wanted = (torch.empty(9, device=DEVICE) for _ in range(2))
     gradient, other = logits.clone(), logits.clone()
     rows.launch_rows(gradient, target, None, None, found, formula, True)
     rows.reference_rows(other, target, None, None, wanted, formula, True)
@@ -146,11 +146,11 @@ def test_rounded_where_the_reference_rounds(dtype, rounds, divides):
 @pytest.mark.usefixtures("in_triton")
 def test_tanh_near_zero_and_far():
     formula = rows.Formula(softcap=1.0)
-    logits = torch.tensor([[0.0, 1e-6, -1e-3, 0.2499, 0.2501, -5.0, 90.0, -90.0]])
+    logits = torch.tensor([[0.0, 1e-6, -1e-3, 0.2499, 0.2501, -5.0, 90.0, -90.0]], device=DEVICE)
     wanted = torch.log_softmax(torch.tanh(logits.double()), 1)[0]
     for target in range(8):
-        loss = torch.empty(1)
-        rows.launch_rows(logits.clone(), torch.tensor([target]), None, None, loss, formula, False)
+        loss = torch.empty(1, device=DEVICE)
+        rows.launch_rows(logits.clone(), torch.tensor([target], device=DEVICE), None, None, loss, formula, False)
         torch.testing.assert_close(loss[0].double(), -wanted[target], rtol=1e-6, atol=0)
 
 
@@ -159,11 +159,11 @@ def test_rows_that_do_not_count(monkeypatch, in_triton):
     monkeypatch.setattr(op.device, "in_triton", lambda x: in_triton)
     hidden, weight = tensor(6, 8).requires_grad_(), tensor(30, 8, seed=1).requires_grad_()
     for reduction, wanted in (("mean", float("nan")), ("sum", 0.0)):
-        loss = op.linear_cross_entropy(hidden, weight, torch.full((6,), -100), reduction=reduction)
-        assert torch.equal(loss.isnan(), torch.tensor(wanted).isnan())
+        loss = op.linear_cross_entropy(hidden, weight, torch.full((6,), -100, device=DEVICE), reduction=reduction)
+        assert torch.equal(loss.isnan(), torch.tensor(wanted, device=DEVICE).isnan())
         grads = torch.autograd.grad(loss, (hidden, weight))
         assert all((grad == 0).all() for grad in grads)
-    target = torch.tensor([1, -100, 2, -100, 3, 4])
+    target = torch.tensor([1, -100, 2, -100, 3, 4], device=DEVICE)
     with torch.no_grad():
         hidden[1] = float("nan")  # padding may hold anything
     loss = op.linear_cross_entropy(hidden, weight, target)
@@ -180,7 +180,7 @@ def test_classes_without_a_chance(monkeypatch, in_triton):
     bias[:20] = -float("inf")  # a vocabulary that is masked, its first whole block too
     given = [tensor(5, 8), tensor(30, 8, seed=1)]
     here, there = ([each.clone().requires_grad_() for each in given] for _ in range(2))
-    target = torch.tensor([20, 25, 29, -100, 21])
+    target = torch.tensor([20, 25, 29, -100, 21], device=DEVICE)
     monkeypatch.setattr(rows, "settings", lambda num_columns: rows.Settings(8, 1))
     op.linear_cross_entropy(*here, target, bias).backward()
     op.reference(*there, target, bias).backward()
@@ -191,9 +191,9 @@ def test_classes_without_a_chance(monkeypatch, in_triton):
 def test_a_target_that_is_no_class(monkeypatch):
     hidden, weight = tensor(3, 8).requires_grad_(), tensor(30, 8, seed=1)
     for wrong in (30, -1):
-        target = torch.tensor([1, wrong, -100])
+        target = torch.tensor([1, wrong, -100], device=DEVICE)
         with pytest.raises(IndexError, match=f"Target {wrong} is out of bounds: there are 30 classes"):
-            op.linear_cross_entropy(hidden, weight, target)
+            op.linear_cross_entropy(hidden.cpu(), weight.cpu(), target.cpu())
         with monkeypatch.context() as patched:
             patched.setattr(op.device, "in_triton", lambda x: True)
             loss = op.linear_cross_entropy(hidden, weight, target, reduction="none")

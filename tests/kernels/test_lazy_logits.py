@@ -65,7 +65,7 @@ READS = {
     "a slice and a row": lambda x: x[0, 1:3],
     "some classes": lambda x: x[..., :5],
     "the last token": lambda x: x[:, -1, :],
-    "masked": lambda x: x[torch.arange(100).view(5, 20) % 3 == 0],
+    "masked": lambda x: x[torch.arange(100, device=DEVICE).view(5, 20) % 3 == 0],
     "every other row": lambda x: x[:, ::2],
     "reversed slices": lambda x: x[1:][:, :-2][..., 3:, :],
     "detached": lambda x: x.detach(),
@@ -96,7 +96,7 @@ READS = {
     "rows": lambda x: list(x)[3],
     "compared": lambda x: x > 0,
     "topk": lambda x: x.topk(3, dim=-1).values,
-    "gathered": lambda x: x.gather(-1, torch.zeros(5, 20, 1, dtype=torch.int64)),
+    "gathered": lambda x: x.gather(-1, torch.zeros(5, 20, 1, dtype=torch.int64, device=DEVICE)),
     "like it": lambda x: torch.zeros_like(x),
     "printed": lambda x: repr(x.detach()),
     "formatted": lambda x: f"{x.sum().item():.3f}",
@@ -104,14 +104,14 @@ READS = {
     "pickled": lambda x: pickle.loads(pickle.dumps(x)),
     "deep copied": lambda x: copy.deepcopy(x.detach()),
     "copied": lambda x: copy.copy(x.detach()),
-    "as an array": lambda x: np.asarray(x.detach()),
+    "as an array": lambda x: np.asarray(x.detach().cpu()),
     "in float64 elsewhere": lambda x: x.to("cpu", torch.float64),
     "typed": lambda x: x.type_as(torch.zeros(1, dtype=torch.float64)),
     "through dlpack": lambda x: torch.from_dlpack(x.detach()),
     "a product": lambda x: torch.einsum("btv,btw->vw", x, x),
     "a mapped gradient": lambda x: torch.vmap(lambda row: row.sum(-1))(x),
     "the classes second": lambda x: F.cross_entropy(x.transpose(1, 2), targets((5, 20), V)),
-    "with probabilities": lambda x: F.cross_entropy(x.view(-1, V), torch.full((100, V), 1 / V)),
+    "with probabilities": lambda x: F.cross_entropy(x.view(-1, V), torch.full((100, V), 1 / V, device=DEVICE)),
     "nll": lambda x: F.nll_loss(x.view(-1, V).log_softmax(-1), targets((100,), V)),
 }
 
@@ -135,7 +135,7 @@ def test_read_by(name, learns):
     assert found.requires_grad == wanted.requires_grad
     torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
     if wanted.grad_fn is not None and name != "divided by nothing":
-        upstream = torch.randn(wanted.shape).to(wanted.dtype)
+        upstream = tensor(*wanted.shape, seed=3).to(wanted)
         for one, other in zip(
             *(torch.autograd.grad(each, operands, upstream) for each in (found, wanted)), strict=True
         ):
@@ -150,10 +150,10 @@ WRITES = {
     "a row that was taken before": lambda x: x[1].zero_(),
     "a view": lambda x: x.view(-1, V).mul_(3),
     "a slice of a view": lambda x: x.view(-1, V)[3:7].zero_(),
-    "masked": lambda x: x.masked_fill_(torch.arange(V) > 30, -1e4),
+    "masked": lambda x: x.masked_fill_(torch.arange(V, device=DEVICE) > 30, -1e4),
     "copied into": lambda x: x.copy_(torch.ones(V)),
     "its data": lambda x: x.data.add_(1),
-    "as an output": lambda x: None if x.requires_grad else torch.add(torch.ones(5, 20, V), 1, out=x),
+    "as an output": lambda x: None if x.requires_grad else torch.add(torch.ones(5, 20, V, device=DEVICE), 1, out=x),
     "clamped": lambda x: x.clamp_(min=0),
 }
 
@@ -203,7 +203,9 @@ LOSSES = {
     "shifted and reshaped": lambda x, t: F.cross_entropy(x[:, 1:].reshape(-1, V), t[:, :-1].flatten()),
     "as a module": lambda x, t: torch.nn.CrossEntropyLoss(label_smoothing=0.1)(x.flatten(0, 1), t.flatten()),
     "each": lambda x, t: F.cross_entropy(x.view(-1, V), t.view(-1), reduction="none").square().sum(),
-    "weighed": lambda x, t: F.cross_entropy(x.float().view(-1, V), t.view(-1), weight=torch.linspace(0, 1, V)),
+    "weighed": lambda x, t: F.cross_entropy(
+        x.float().view(-1, V), t.view(-1), weight=torch.linspace(0, 1, V, device=DEVICE)
+    ),
     "scaled": lambda x, t: F.cross_entropy((x * 0.25).view(-1, V), t.view(-1)),
     "divided": lambda x, t: F.cross_entropy((x / 8).float().view(-1, V), t.view(-1)),
     "capped": lambda x, t: F.cross_entropy((torch.tanh(x / 5.0) * 5.0).view(-1, V), t.view(-1)),
@@ -266,7 +268,7 @@ def test_losses_of_the_logits(name):
 
 
 def test_arguments_that_torch_refuses_are_refused():
-    for change in ({"reduction": "max"}, {"label_smoothing": 2.0}, {"weight": torch.ones(V - 1)}):
+    for change in ({"reduction": "max"}, {"label_smoothing": 2.0}, {"weight": torch.ones(V - 1, device=DEVICE)}):
         lazy, _, _ = both()
         with pytest.raises((ValueError, RuntimeError)):
             F.cross_entropy(lazy.view(-1, V), targets((100,), V), **change)
@@ -274,8 +276,11 @@ def test_arguments_that_torch_refuses_are_refused():
         F.cross_entropy(both()[0].view(-1, V), targets((99,), V))
     with pytest.raises(RuntimeError, match="view size is not compatible"):
         both()[0][:, :-1].view(-1, V)
+    # On a GPU torch would not raise, and the process would be lost.
+    on_cpu = head().cpu()(tensor(5, 20, H).cpu())
+    assert type(on_cpu) is LazyLogits
     with pytest.raises(IndexError, match="out of bounds"):
-        F.cross_entropy(both()[0].view(-1, V), targets((100,), V) + V)
+        F.cross_entropy(on_cpu.view(-1, V), targets((100,), V).cpu() + V)
 
 
 def test_changed_weights_are_told():
@@ -419,7 +424,7 @@ def test_plain_logits_where_they_cannot_wait():
     from torch._subclasses import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert type(head()(torch.empty(65, H))) is not LazyLogits
+        assert type(head()(torch.empty(65, H, device=DEVICE))) is not LazyLogits
     traced = torch.fx.experimental.proxy_tensor.make_fx(head())(tensor(65, H))
     assert "addmm" in traced.code
     with pytest.raises(RuntimeError, match="dtype"):

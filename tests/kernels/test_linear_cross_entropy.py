@@ -76,8 +76,8 @@ def assert_same_step(model, other, given, **close):
 def test_the_models_own_loss(kinds, monkeypatch, kind, in_triton):
     monkeypatch.setattr(cross_entropy, "BUFFER", 8 * 64 * 4 * 30)
     monkeypatch.setattr(cross_entropy.device, "in_triton", lambda x: in_triton)
-    model, other = (kinds.model(kind, **MODELS[kind]) for _ in range(2))
-    given = batch_of(kinds, kind)
+    model, other = (kinds.model(kind, **MODELS[kind]).to(DEVICE) for _ in range(2))
+    given = {name: each.to(DEVICE) for name, each in batch_of(kinds, kind).items()}
     with grafted(model, kind) as graft:
         assert_same_step(model, other, given, rtol=1e-4, atol=1e-5)
         more = {"num_items_in_batch": torch.tensor(123)} if kind != "bert" else {}
