@@ -280,6 +280,7 @@ def test_under_autocast(in_triton):
 
 @pytest.mark.parametrize(("name", "triton"), [("qwen3", True), ("mistral", False)])
 def test_compiled_in_one_piece(name, triton, request):
+    torch._dynamo.reset()  # after another length of other tests this one would be symbolic, and take twice as long
     if triton:
         request.getfixturevalue("in_triton")
     plain, grafted, _ = pair(name)
