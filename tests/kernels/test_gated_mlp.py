@@ -6,7 +6,6 @@ from drawn import DEVICE, DTYPES, beside_the_originals, close, tensor
 
 import kernelgraft
 from kernelgraft.errors import PlanError
-from kernelgraft.kernels import few_tokens
 from kernelgraft.kernels import gated_mlp as op
 from kernelgraft.kernels.few_tokens import Norm
 
@@ -129,20 +128,6 @@ def test_the_operator_of_few_tokens_keeps_its_promises(dtype):
         x, scale, gate_up, gate_up_bias, down, down_bias, residual = operands((3,), dtype, norm, bias, False)
         arguments = (x, gate_up, down, "silu", gate_up_bias, down_bias, scale, 1e-6, 0.0, True, residual)
         torch.library.opcheck(op._few, arguments)
-
-
-@pytest.mark.usefixtures("in_triton")
-@pytest.mark.parametrize("watched", [False, True])
-def test_only_the_second_product_follows_one(monkeypatch, watched):
-    """What runs before the first may write its weight, so that it may not be read early."""
-    real, seen = few_tokens.launch, []
-    monkeypatch.setattr(
-        few_tokens, "launch", lambda *args, **kw: seen.append(kw.get("follows", False)) or real(*args, **kw)
-    )
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager") if watched else run
-    with torch.no_grad():
-        compiled(operands((3,), torch.float32, True, False), "silu")
-    assert seen == [False, True]
 
 
 def test_what_they_do_not_take_is_said():

@@ -1,8 +1,8 @@
 """The Triton kernels of products for few tokens; see `few_tokens`, which calls them, for the formula and the shapes.
 
-With one token each program goes through rows of the weight, with x, normalized, in its registers. With some tokens it has
-some rows to itself, or a part of their length, and then a second kernel adds up the parts. The weight is read once, with
-several loads on their way. What the original rounds between two modules is rounded here too.
+With one token each program goes through rows of the weight, with x, normalized, in its registers. With some tokens it
+has some rows to itself, or a part of their length, and then a second kernel adds up the parts. The weight is read once,
+with several loads on their way. What the original rounds between two modules is rounded here too.
 """
 
 import functools

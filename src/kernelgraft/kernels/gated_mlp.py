@@ -102,7 +102,7 @@ def _few(
     rounds_first: bool,
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
-    """One operator for two products, so that no compiler puts anything between them."""
+    """One operator for two products, so that the second overlaps the first under a compiler too."""
     norm = None if scale is None else Norm(scale, eps, offset, rounds_first)
     return launch_few(x, gate_up, down, act, gate_up_bias, down_bias, norm, residual)
 

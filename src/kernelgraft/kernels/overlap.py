@@ -1,8 +1,9 @@
 """Kernels that start before the one in front of them has ended (programmatic dependent launch, from Hopper on).
 
-One that is launched so has its programs on the multiprocessors while the last programs of the kernel in front still run,
-and waits for that kernel before it reads what may have been written, or writes anything. Meanwhile it may have weights
-fetched into the L2 cache, which all multiprocessors share: a line that is written after it was fetched is new there too.
+One that is launched so has its programs on the multiprocessors while the last programs of the kernel in front still
+run, and waits for that kernel before it reads what may have been written, or writes anything. Meanwhile it may have
+weights fetched into the L2 cache, which all multiprocessors share: a line that is written after it was fetched is new
+there too.
 """
 
 import functools
