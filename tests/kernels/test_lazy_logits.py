@@ -110,7 +110,7 @@ READS = {
     "through dlpack": lambda x: torch.from_dlpack(x.detach()),
     "a product": lambda x: torch.einsum("btv,btw->vw", x, x),
     "a mapped gradient": lambda x: torch.vmap(lambda row: row.sum(-1))(x),
-    "the classes second": lambda x: F.cross_entropy(x.transpose(1, 2), targets((5, 20), V)),
+    "the classes second": lambda x: F.cross_entropy(x.transpose(1, 2), targets((5, 20), V), reduction="none"),
     "with probabilities": lambda x: F.cross_entropy(x.view(-1, V), torch.full((100, V), 1 / V, device=DEVICE)),
     "nll": lambda x: F.nll_loss(x.view(-1, V).log_softmax(-1), targets((100,), V)),
 }

@@ -51,26 +51,33 @@ if triton is not None:
         return (y * (scale.to(tl.float32) + OFFSET)).to(x.dtype)
 
     @triton.jit
-    def _finished(sums, gates, at, columns, inside, there, bias_ptr, residual_ptr, y_ptr, num_columns,
-                  ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr):  # fmt: skip
-        """Bias, activation and residual; `at` and `there` are of the block of y, `columns` and `inside` of its columns.
+    def _beside(bias_ptr, residual_ptr, at, columns, inside, there, num_columns,
+                ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr):  # fmt: skip
+        """The biases of the columns, of the gate first, and the residual; where there is none, nothing is loaded.
 
-        Each is rounded to the dtype, in which the original has it in memory.
+        `at` and `there` are of the block of y, `columns` and `inside` of its columns.
         """
-        dtype = y_ptr.dtype.element_ty
-        if ACTIVATION != "":
-            if BIAS:
-                gates += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-                sums += tl.load(bias_ptr + num_columns + columns, mask=inside, other=0.0).to(tl.float32)
-            acted = activated(gates.to(dtype).to(tl.float32), ACTIVATION).to(dtype)
-            y = acted.to(tl.float32) * sums.to(dtype).to(tl.float32)
-        else:
-            if BIAS:
-                sums += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-            y = sums
+        gate_bias, bias, residual = 0.0, 0.0, 0.0
+        if BIAS:
+            bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            if ACTIVATION != "":
+                gate_bias = bias
+                bias = tl.load(bias_ptr + num_columns + columns, mask=inside, other=0.0).to(tl.float32)
         if ADDS:
-            y = y.to(dtype).to(tl.float32) + tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)
-        tl.store(y_ptr + at, y.to(dtype), mask=there)
+            residual = tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)
+        return gate_bias, bias, residual
+
+    @triton.jit
+    def _finished(sums, gates, gate_bias, bias, residual, DTYPE: tl.constexpr,
+                  ACTIVATION: tl.constexpr, ADDS: tl.constexpr):  # fmt: skip
+        """Bias, activation and residual, each rounded to the dtype, in which the original has it in memory."""
+        y = sums + bias
+        if ACTIVATION != "":
+            acted = activated((gates + gate_bias).to(DTYPE).to(tl.float32), ACTIVATION).to(DTYPE)
+            y = acted.to(tl.float32) * y.to(DTYPE).to(tl.float32)
+        if ADDS:
+            y = y.to(DTYPE).to(tl.float32) + residual
+        return y.to(DTYPE)
 
     @triton.jit
     def _one_token(
@@ -102,6 +109,10 @@ if triton is not None:
             there = inside[:, None]
             if not EVEN:
                 there = there & (at < length)[None, :]
+            # Here, so that it is on its way with the weight.
+            gate_bias, bias, residual = _beside(
+                bias_ptr, residual_ptr, columns, columns, inside, inside, num_columns, ACTIVATION, BIAS, ADDS
+            )
             rows = columns.to(tl.int64)[:, None] * weight_stride + at[None, :]
             weight = tl.load(weight_ptr + rows, mask=there, other=0.0)
             sums = tl.sum(weight.to(tl.float32) * x_fp32, axis=1)
@@ -110,10 +121,8 @@ if triton is not None:
                 rows = (columns + num_columns).to(tl.int64)[:, None] * weight_stride + at[None, :]
                 up = tl.load(weight_ptr + rows, mask=there, other=0.0)
                 sums = tl.sum(up.to(tl.float32) * x_fp32, axis=1)
-            _finished(
-                sums, gates, columns, columns, inside, inside, bias_ptr, residual_ptr, y_ptr, num_columns,
-                ACTIVATION, BIAS, ADDS,
-            )  # fmt: skip
+            y = _finished(sums, gates, gate_bias, bias, residual, y_ptr.dtype.element_ty, ACTIVATION, ADDS)
+            tl.store(y_ptr + columns, y, mask=inside)
 
     @triton.jit
     def _dot(x, weight, sums, UPCAST: tl.constexpr):
@@ -184,10 +193,13 @@ if triton is not None:
             if ACTIVATION != "":
                 tl.store(y_ptr + row + num_columns + columns[None, :], gates, mask=there)
         else:
-            _finished(
-                sums, gates, tokens.to(tl.int64)[:, None] * num_columns + columns[None, :], columns[None, :],
-                inside[None, :], there, bias_ptr, residual_ptr, y_ptr, num_columns, ACTIVATION, BIAS, ADDS,
+            to = tokens.to(tl.int64)[:, None] * num_columns + columns[None, :]
+            gate_bias, bias, residual = _beside(
+                bias_ptr, residual_ptr, to, columns[None, :], inside[None, :], there, num_columns,
+                ACTIVATION, BIAS, ADDS,
             )  # fmt: skip
+            y = _finished(sums, gates, gate_bias, bias, residual, y_ptr.dtype.element_ty, ACTIVATION, ADDS)
+            tl.store(y_ptr + to, y, mask=there)
 
     @triton.jit
     def _add_splits(
@@ -202,6 +214,10 @@ if triton is not None:
         columns = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
         inside = columns < num_columns
         WIDTH: tl.constexpr = 2 if ACTIVATION != "" else 1
+        to = token.to(tl.int64) * num_columns + columns
+        gate_bias, bias, residual = _beside(
+            bias_ptr, residual_ptr, to, columns, inside, inside, num_columns, ACTIVATION, BIAS, ADDS
+        )
         sums = tl.zeros([BLOCK], tl.float32)
         gates = tl.zeros([BLOCK], tl.float32)
         for split in tl.static_range(SPLITS):
@@ -209,10 +225,8 @@ if triton is not None:
             sums += tl.load(row_ptr + columns, mask=inside, other=0.0)
             if ACTIVATION != "":
                 gates += tl.load(row_ptr + num_columns + columns, mask=inside, other=0.0)
-        _finished(
-            sums, gates, token.to(tl.int64) * num_columns + columns, columns, inside, inside,
-            bias_ptr, residual_ptr, y_ptr, num_columns, ACTIVATION, BIAS, ADDS,
-        )  # fmt: skip
+        y = _finished(sums, gates, gate_bias, bias, residual, y_ptr.dtype.element_ty, ACTIVATION, ADDS)
+        tl.store(y_ptr + to, y, mask=inside)
 
 
 @dataclass(frozen=True)
