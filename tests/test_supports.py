@@ -1,5 +1,7 @@
 """Kernels that say what they can take: asked while a graft is planned, and at every call."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,9 @@ from torch.nn import functional as F
 import kernelgraft
 import tiny
 from kernelgraft import Kernel, KernelConfig
+from kernelgraft.binding import _ask
 from kernelgraft.errors import GraftError, PlanError
+from kernelgraft.slot import Site
 
 pytestmark = pytest.mark.transformers
 
@@ -105,3 +109,34 @@ def test_asking_changes_nothing_in_the_model():
     kernelgraft.plan(model, KernelConfig({"RMSNorm": Kernel(ShortOnly)}))
     assert {path: dict(vars(module)) for path, module in model.named_modules()} == before
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_it_is_asked_again_when_a_call_looks_different():
+    site, calls = Site("", frozenset(), frozenset(), "error"), []
+    x, y = torch.ones(2, 3), torch.ones(2, 3)
+    cache = OrderedDict(keys=torch.ones(2))
+    for args, kwargs, again in [
+        ((x,), {}, True),
+        ((y,), {}, False),  # other numbers alone are no other look
+        ((x.T,), {}, True),
+        ((x.half(),), {}, True),
+        ((nn.Parameter(x),), {}, True),
+        ((x, True), {}, True),
+        ((x, 1), {}, True),
+        ((x, 1.0), {}, True),
+        ((x, None), {}, True),
+        ((x,), {"mask": None}, True),
+        ((x,), {"other": None}, True),
+        ((x, (x, y)), {}, True),
+        ((x, (y, x)), {}, False),
+        ((x, [x, y]), {}, True),
+        ((x, ((x,), y)), {}, True),
+        ((x, x, y), {}, True),
+        ((x, cache), {}, True),
+        ((x, OrderedDict(keys=torch.ones(3))), {}, True),
+        ((x, object()), {}, True),
+        ((x, object()), {}, False),
+    ]:
+        calls.clear()
+        assert _ask(lambda *_, **__: calls.append(1) or True, site, args, kwargs) is True
+        assert bool(calls) is again, (args, kwargs)

@@ -381,7 +381,9 @@ def _ask(supports: Callable[..., bool | str], site: Site, args: Any, kwargs: Any
     """What the kernel says of this call; a call that looks like the last accepted one costs one comparison."""
     if torch.compiler.is_compiling():
         return supports(*args, **kwargs)
-    looks = tuple(_look(value) for value in tree_leaves((args, kwargs)))
+    looks: list[Any] = [*kwargs]
+    for value in (*args, *kwargs.values()):
+        _look(value, looks)
     if looks == site.accepted:
         return True
     answer = supports(*args, **kwargs)
@@ -391,10 +393,28 @@ def _ask(supports: Callable[..., bool | str], site: Site, args: Any, kwargs: Any
     return answer or "supports() returned False"
 
 
-def _look(value: Any) -> Any:
+def _look(value: Any, looks: list[Any]) -> None:
+    """Append what counts of an argument, or of all that lies in it."""
+    kind = type(value)
     if isinstance(value, torch.Tensor):
-        return (value.shape, value.dtype, value.stride(), value.device, value.requires_grad)
-    return value if isinstance(value, int | float | str | bool | None) else type(value)
+        looks += (value.shape, value.dtype, value.stride(), value.device, value.requires_grad)
+    elif kind in _PLAIN:
+        looks += (kind, value)
+    elif kind is tuple or kind is list:
+        looks += (kind, len(value))
+        for each in value:
+            _look(each, looks)
+    else:
+        leaves = tree_leaves(value)
+        if len(leaves) == 1 and leaves[0] is value:
+            looks.append(value if isinstance(value, int | float | str) else kind)
+        else:
+            looks += (kind, len(leaves))
+            for leaf in leaves:
+                _look(leaf, looks)
+
+
+_PLAIN = (bool, int, float, str, type(None))
 
 
 def _lost_gradient(self: nn.Module, args: Any, kwargs: Any, out: Any) -> bool:
