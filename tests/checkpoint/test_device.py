@@ -9,12 +9,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kernelgraft
+import relaid
 from kernelgraft.checkpoint import device, memory, positioned
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.reader import fill
 from kernelgraft.checkpoint.ring import RingError
 from kernelgraft.errors import CheckpointError
 from leftovers import open_files, our_threads
+from relaid import layouts
 from rings import needs_a_ring, open_rings
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -24,8 +26,7 @@ GPU = torch.device("cuda", 0)
 
 @pytest.fixture
 def weights(tmp_path):
-    tensors = {name: torch.randn(1500, 1000) for name in "abcd"}
-    tensors |= {f"small.{i}": torch.randn(7, 3) for i in range(500)}
+    tensors = relaid.tensors(1500, 1000, 500)
     save_file(tensors, tmp_path / "model.safetensors")
     with Checkpoint([tmp_path / "model.safetensors"]) as checkpoint:
         yield tensors, checkpoint
@@ -68,18 +69,6 @@ def way(request, monkeypatch):
 
         monkeypatch.setattr(device, "registered", refuses)
     return request.param
-
-
-def layouts(given):
-    small = [given[f"small.{i}"] for i in range(500)]
-    return [
-        given["a"],
-        torch.cat([given["b"], given["c"]]),
-        given["d"].t(),
-        torch.stack(small, 1),
-        given["a"][100:900, 3:700],
-        torch.stack([given["b"], given["c"]], 1).transpose(0, 2),
-    ]
 
 
 def empty(shape, dtype, odd):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import relaid
 from kernelgraft.checkpoint import device, reader
 from kernelgraft.checkpoint.device import StreamingLane
 from kernelgraft.checkpoint.files import Checkpoint
@@ -24,6 +25,7 @@ from kernelgraft.checkpoint.ring import Ring, RingError
 from kernelgraft.errors import CheckpointError
 from leftovers import open_files
 from made_up_device import CPU, Stream, made_up_device
+from relaid import layouts
 from rings import needs_a_ring, open_rings
 
 pytestmark = needs_a_ring
@@ -41,23 +43,10 @@ def streams(request, monkeypatch):
 
 @pytest.fixture
 def weights(tmp_path):
-    tensors = {name: torch.randn(500, 300) for name in "abcd"}
-    tensors |= {f"small.{i}": torch.randn(7, 3) for i in range(200)}
+    tensors = relaid.tensors(500, 300, 200)
     save_file(tensors, tmp_path / "model.safetensors")
     with Checkpoint([tmp_path / "model.safetensors"]) as checkpoint:
         yield tensors, checkpoint
-
-
-def layouts(given):
-    small = [given[f"small.{i}"] for i in range(200)]
-    return [
-        given["a"],
-        torch.cat([given["b"], given["c"]]),
-        given["d"].t(),
-        torch.stack(small, 1),
-        given["a"][100:400, 3:200],
-        torch.stack([given["b"], given["c"]], 1).transpose(0, 2),
-    ]
 
 
 def fill(jobs, on_progress=None, others=()):

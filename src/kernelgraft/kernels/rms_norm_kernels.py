@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from . import device, overlap
+from .add_rows import add_rows
 
 try:
     import triton
@@ -18,9 +19,6 @@ except ImportError:
 
 MAX_COLUMNS = 1 << 15
 """The longest row: a program holds whole rows in registers."""
-
-_ADDED_COLUMNS = 32
-"""Columns that one program adds up: a cache line of each row."""
 
 
 if triton is not None:
@@ -101,22 +99,6 @@ if triton is not None:
             tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=there)
         # Each program has a row of its own: sums in a fixed order, so that the same step gives the same bits.
         tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * num_columns + columns, grad_weight, mask=inside)
-
-    @triton.jit
-    def _add_rows(
-        partial_ptr, out_ptr, num_rows, num_columns, OVERLAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-    ):
-        """The sums of the columns, always in the same order."""
-        if OVERLAPS:
-            overlap.wait()
-        columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = columns < num_columns
-        sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for start in range(0, num_rows, ROWS):
-            rows = start + tl.arange(0, ROWS)
-            at = rows.to(tl.int64)[:, None] * num_columns + columns[None, :]
-            sums += tl.load(partial_ptr + at, mask=(rows < num_rows)[:, None] & inside[None, :], other=0.0)
-        tl.store(out_ptr + columns, tl.sum(sums, axis=0).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @dataclass(frozen=True)
@@ -235,15 +217,3 @@ def launch_backward(
         STAGES=chosen.num_stages, num_warps=chosen.num_warps, **overlap.options(chosen.overlaps),
     )  # fmt: skip
     return grad_x, add_rows(partial, weight.dtype)
-
-
-def add_rows(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The sum over the first of two dimensions of a float32 tensor, with what is left of it dense."""
-    num_rows, num_columns = partial.shape
-    overlaps = overlap.overlaps(partial.device)
-    out = torch.empty(num_columns, dtype=dtype, device=partial.device)
-    rows = min(triton.next_power_of_2(num_rows), 128)
-    _add_rows[(triton.cdiv(num_columns, _ADDED_COLUMNS),)](
-        partial, out, num_rows, num_columns, overlaps, rows, _ADDED_COLUMNS, num_warps=8, **overlap.options(overlaps)
-    )
-    return out

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from . import device, overlap
-from .rms_norm_kernels import add_rows
+from .add_rows import add_rows
 
 try:
     import triton
