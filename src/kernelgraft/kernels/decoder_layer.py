@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from . import device
-from .few_tokens import Norm, product, takes
+from .few_tokens import Norm, product, taken, takes
 from .gated_mlp import run
 from .rms_norm import add_rms_norm
 from .rms_norm_attention import RMSNormAttentionLayout, attended
@@ -104,12 +104,14 @@ class DecoderLayer(nn.Module):
         attention, mlp = self.attention, self.feed_forward
         kwargs.update(position_ids=position_ids, use_cache=use_cache)
         out, _ = attended(attention, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
-        weight, bias = attention.o_proj.weight, attention.o_proj.bias
+        o_proj = attention.o_proj
+        weight, bias = o_proj.weight, o_proj.bias
         norm = Norm(mlp.scale, *mlp.kind)
+        few = takes(out, weight, bias, hidden_states)
         trains = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
-        if not device.in_triton(out) or trains or takes(out, weight, bias):
+        if few or trains or not device.in_triton(out):
             # In training the sum alone is kept, and the norm is computed again.
-            h = product(out, weight, bias, residual=hidden_states)
+            h = (taken if few else product)(out, weight, bias, residual=hidden_states)
             return run(mlp, h, norm, residual=h)
         normed, h = add_rms_norm(product(out, weight, bias), hidden_states, *norm)
         return run(mlp, normed, residual=h)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from . import activation, device, rms_norm
 from .few_tokens_kernels import Norm, launch
 
-__all__ = ["MAX_TOKENS", "Norm", "launch", "product", "reference", "takes"]
+__all__ = ["MAX_TOKENS", "Norm", "launch", "product", "reference", "taken", "takes"]
 
 MAX_TOKENS = 64
 """Up to so many tokens; with more, the library's products are bound by arithmetic. To be measured."""
@@ -68,23 +68,18 @@ def reference(
     return y if residual is None else residual + y
 
 
-def takes(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    norm: Norm | None = None,
-    residual: torch.Tensor | None = None,
-) -> bool:
-    """Whether the kernels are for this product: few tokens, one dtype, no gradient, and no autocast."""
-    tensors = [each for each in (x, weight, bias, residual, norm and norm.weight) if each is not None]
-    return (
-        device.in_triton(x)
-        and 0 < x.shape[:-1].numel() <= MAX_TOKENS
-        and not (torch.is_grad_enabled() and any(each.requires_grad for each in tensors))
-        and x.dtype in device.DTYPES
-        and all(each.dtype == x.dtype for each in tensors)
-        and not torch.is_autocast_enabled(x.device.type)
-    )
+def takes(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
+    """Whether the kernels are for products of `x` with these: few tokens, one dtype, no gradient, and no autocast."""
+    dtype = x.dtype
+    if not (device.in_triton(x) and 0 < x.numel() <= MAX_TOKENS * x.shape[-1] and dtype in device.DTYPES):
+        return False
+    recording = torch.is_grad_enabled()
+    if recording and x.requires_grad:
+        return False
+    for each in others:
+        if each is not None and (each.dtype != dtype or (recording and each.requires_grad)):
+            return False
+    return not torch.is_autocast_enabled(x.device.type)
 
 
 def product(
@@ -110,14 +105,26 @@ def product(
     """
     if not device.in_triton(x):
         return reference(x, weight, bias, norm, act, residual)
-    if takes(x, weight, bias, norm, residual):
-        scale = None if norm is None else norm.weight
-        if device.launches(x, weight, bias, scale, residual):
-            return launch(x, weight, bias, norm, act, residual)
-        eps, offset, rounds_first = (0.0, 0.0, True) if norm is None else norm[1:]
-        y: torch.Tensor = _product(x, weight, bias, scale, eps, offset, rounds_first, act, residual)
-        return y
+    if takes(x, weight, bias, norm and norm.weight, residual):
+        return taken(x, weight, bias, norm, act, residual)
     x = x if norm is None else rms_norm.rms_norm(x, *norm)
     y = F.linear(x, weight, bias)
     y = activation.gated_activation(y, act) if act else y
     return y if residual is None else residual + y
+
+
+def taken(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    norm: Norm | None = None,
+    act: str = "",
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`product`, of what `takes` has said yes to."""
+    scale = None if norm is None else norm.weight
+    if device.launches(x, weight, bias, scale, residual):
+        return launch(x, weight, bias, norm, act, residual)
+    eps, offset, rounds_first = (0.0, 0.0, True) if norm is None else norm[1:]
+    y: torch.Tensor = _product(x, weight, bias, scale, eps, offset, rounds_first, act, residual)
+    return y

@@ -6,12 +6,14 @@ with several loads on their way. What the original rounds between two modules is
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from . import device, overlap, rms_norm_kernels
+from .launching import REMEMBERED, Launch
 
 try:
     import triton
@@ -305,6 +307,52 @@ def settings(
     return Settings(tokens, rows // gates, run, splits, 4, 4, 0, 4, overlaps)
 
 
+@functools.lru_cache(REMEMBERED, typed=True)
+def _launches(
+    choose: Callable[..., Settings],
+    of: torch.device,
+    dtype: torch.dtype,
+    num_tokens: int,
+    num_columns: int,
+    length: int,
+    strides: tuple[int, int],
+    kind: tuple[float, float, bool] | None,
+    act: str,
+    bias: bool,
+    adds: bool,
+) -> tuple[Launch, Launch | None, int]:
+    """The launch of a product, that which adds up its parts, and how many parts there are.
+
+    `choose` is `settings`, `strides` those of x and the weight between rows, `kind` what a norm has beside its weight.
+    """
+    overlaps, itemsize = overlap.overlaps(of), dtype.itemsize
+    chosen = choose(
+        num_tokens, num_columns, length, itemsize, bool(act), device.num_multiprocessors(of), overlaps
+    )  # fmt: skip
+    options = {"num_warps": chosen.num_warps, **overlap.options(chosen.overlaps)}
+    eps, offset, rounds_first = kind or (0.0, 0.0, True)
+    has = (kind is not None, act, bias, adds)
+    flags = (offset, rounds_first, *has, chosen.overlaps, length % chosen.length == 0)
+    line, splits = overlap.CACHE_LINE // itemsize, chosen.splits
+    values: tuple[Any, ...]
+    if num_tokens == 1:
+        values = (
+            num_columns, length, strides[1], eps, *flags, chosen.columns, chosen.length, chosen.ahead,
+            min(line, chosen.length), chosen.num_stages,
+        )  # fmt: skip
+        return Launch(_one_token, (chosen.num_programs,), values, **options), None, 1
+    values = (
+        num_tokens, num_columns, length, *strides, eps, *flags, chosen.tokens, chosen.columns, chosen.length, splits,
+        chosen.ahead, line, chosen.num_stages, device.INTERPRETED,
+    )  # fmt: skip
+    product = Launch(_some_tokens, (triton.cdiv(num_columns, chosen.columns), splits), values, **options)
+    if splits == 1:
+        return product, None, 1
+    num_blocks = triton.cdiv(num_columns, _ADDED_COLUMNS)
+    values = (num_tokens, num_columns, num_blocks, *has[1:], chosen.overlaps, splits, _ADDED_COLUMNS)
+    return product, Launch(_add_splits, (num_tokens * num_blocks,), values, **options), splits
+
+
 def launch(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -314,52 +362,34 @@ def launch(
     residual: torch.Tensor | None,
 ) -> torch.Tensor:
     """Run the kernel of one token or of some. See `product`; `act` is "" for none."""
-    rows = device.rows_of(x)
-    if weight.stride(-1) != 1:
-        weight = weight.contiguous()
-    num_tokens, length = rows.shape
-    num_columns = weight.shape[0] // 2 if act else weight.shape[0]
-    if norm is not None and num_tokens > NORMED_TOKENS:
-        rows = rms_norm_kernels.launch(rows, None, norm.weight, norm.eps, norm.offset, norm.rounds_first, False)[0]
-        norm = None
-    y = torch.empty(*x.shape[:-1], num_columns, dtype=x.dtype, device=x.device)
+    shape = x.shape
+    length, num_columns = shape[-1], weight.shape[0] // 2 if act else weight.shape[0]
+    y = x.new_empty((*shape[:-1], num_columns))
     if not y.numel():
         return y
-    chosen = settings(
-        num_tokens, num_columns, length, x.element_size(), bool(act), device.num_multiprocessors(x.device),
-        overlap.overlaps(x.device),
+    if x.is_contiguous():  # of which each row is dense, without a view
+        rows, stride = x, length
+    else:
+        rows = device.rows_of(x)
+        stride = rows.stride(0)
+    if not weight.is_contiguous() and weight.stride(-1) != 1:
+        weight = weight.contiguous()
+    num_tokens = y.numel() // num_columns
+    if norm is not None and num_tokens > NORMED_TOKENS:
+        rows = rms_norm_kernels.launch(rows, None, norm.weight, norm.eps, norm.offset, norm.rounds_first, False)[0]
+        norm, stride = None, length
+    kind = None if norm is None else (norm.eps, norm.offset, norm.rounds_first)
+    product, added, splits = _launches(
+        settings, x.device, x.dtype, num_tokens, num_columns, length, (stride, weight.stride(0)), kind, act,
+        bias is not None, residual is not None,
     )  # fmt: skip
-    pointers = (
-        rows,
-        weight,
-        weight if bias is None else bias.contiguous(),
-        rows if norm is None else norm.weight.contiguous(),
-        y if residual is None else residual.contiguous(),
-    )
-    eps, offset, rounds_first = (0.0, 0.0, True) if norm is None else norm[1:]
-    has = (norm is not None, act, bias is not None, residual is not None)
-    even = length % chosen.length == 0
-    flags = (offset, rounds_first, *has, chosen.overlaps)
-    options = {"num_warps": chosen.num_warps, **overlap.options(chosen.overlaps)}
-    if num_tokens == 1:
-        _one_token[(chosen.num_programs,)](
-            *pointers, y, num_columns, length, weight.stride(0), eps, *flags, even, chosen.columns, chosen.length,
-            chosen.ahead, min(overlap.CACHE_LINE // x.element_size(), chosen.length), chosen.num_stages, **options,
-        )  # fmt: skip
-        return y
-    splits, out = chosen.splits, y
-    if splits > 1:
+    out = y
+    if added is not None:
         width = num_columns * 2 if act else num_columns
         out = torch.empty(splits, num_tokens, width, dtype=torch.float32, device=x.device)
-    _some_tokens[(triton.cdiv(num_columns, chosen.columns), splits)](
-        *pointers, out, num_tokens, num_columns, length, rows.stride(0), weight.stride(0), eps, *flags, even,
-        chosen.tokens, chosen.columns, chosen.length, splits, chosen.ahead, overlap.CACHE_LINE // x.element_size(),
-        chosen.num_stages, device.INTERPRETED, **options,
-    )  # fmt: skip
-    if splits > 1:
-        num_blocks = triton.cdiv(num_columns, _ADDED_COLUMNS)
-        _add_splits[(num_tokens * num_blocks,)](
-            out, pointers[2], pointers[4], y, num_tokens, num_columns, num_blocks, *has[1:], chosen.overlaps, splits,
-            _ADDED_COLUMNS, **options,
-        )  # fmt: skip
+    bias = weight if bias is None else bias.contiguous()
+    residual = y if residual is None else residual.contiguous()
+    product(rows, weight, bias, rows if norm is None else norm.weight.contiguous(), residual, out)
+    if added is not None:
+        added(out, bias, residual, y)
     return y

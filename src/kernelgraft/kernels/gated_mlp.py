@@ -140,7 +140,7 @@ def gated_mlp(
     if not device.in_triton(x):
         return reference(reference(x, gate_up, gate_up_bias, norm, act), down, down_bias, None, "", residual)
     scale, kind = (None, (0.0, 0.0, True)) if norm is None else (norm.weight, tuple(norm[1:]))
-    if takes(x, gate_up, gate_up_bias, norm) and takes(x, down, down_bias, None, residual):
+    if takes(x, gate_up, gate_up_bias, scale, down, down_bias, residual):
         if device.launches(x, gate_up, gate_up_bias, scale, down, down_bias, residual):
             return launch_few(x, gate_up, down, act, gate_up_bias, down_bias, norm, residual)
         few: torch.Tensor = _few(x, gate_up, down, act, gate_up_bias, down_bias, scale, *kind, residual)

@@ -9,11 +9,13 @@ long-context inference", 2023). All queries that share a key head are in one pro
 
 import functools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from . import device, overlap
+from .launching import REMEMBERED, Launch
 
 try:
     import triton
@@ -173,6 +175,46 @@ def keys_at_once(head_dim: int, itemsize: int) -> int:
     return 64 if head_dim * itemsize <= 256 else 32 if head_dim * itemsize <= 512 else 16
 
 
+@functools.lru_cache(REMEMBERED, typed=True)
+def _launches(
+    choose: Callable[..., Settings],
+    of: torch.device,
+    dtype: torch.dtype,
+    heads: tuple[int, int, int, int],
+    num_keys: int,
+    window: int | None,
+    scale: float,
+    strides: tuple[int, ...],
+    mask_kind: int,
+    per_head: bool,
+    limited: bool,
+) -> tuple[Launch, Launch | None, int]:
+    """The launches of the two kernels, and how many programs share the keys.
+
+    `choose` is `settings`, `heads` sequences, heads of queries and of keys, and their length.
+    """
+    batch, num_heads, num_kv_heads, dim = heads
+    num_queries, pairs = num_heads // num_kv_heads, batch * num_kv_heads
+    num_blocks = -(-num_keys // keys_at_once(dim, dtype.itemsize))
+    chosen = choose(pairs, num_blocks, dim, dtype.itemsize, device.num_multiprocessors(of))
+    splits, columns = chosen.num_splits, triton.next_power_of_2(dim)
+    overlaps = overlap.overlaps(of)
+    options = overlap.options(overlaps)
+    values = (
+        num_kv_heads, num_queries, num_keys, splits, window or 0, scale, *strides,
+        mask_kind, per_head, limited, window is not None, splits == 1, overlaps, device.INTERPRETED, dim, columns,
+        # The matrix units take 16 rows at least; with fewer queries the rest are zeros.
+        max(16, triton.next_power_of_2(num_queries)), chosen.keys,
+    )  # fmt: skip
+    attend = Launch(
+        _attend_split, (pairs, splits), values, num_warps=chosen.num_warps, num_stages=chosen.num_stages, **options
+    )
+    if splits == 1:
+        return attend, None, 1
+    values = (splits, overlaps, dim, columns, MAX_SPLITS)
+    return attend, Launch(_combine, (batch * num_heads,), values, num_warps=4, **options), splits
+
+
 def launch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -183,46 +225,40 @@ def launch(
     window: int | None,
 ) -> torch.Tensor:
     """Run the kernels. See `one_token_attention` for the arguments."""
-    q, k, v = (each if each.stride(-1) == 1 else each.contiguous() for each in (q, k, v))
+    q, k, v = _rows(q), _rows(k), _rows(v)
     batch, num_heads, _, dim = q.shape
     num_kv_heads, num_keys = k.shape[1:3]
-    out = torch.empty(batch, 1, num_heads, dim, dtype=q.dtype, device=q.device)
+    out = q.new_empty((batch, 1, num_heads, dim))
     if not out.numel() or not num_keys:
         return out.zero_()
-    mask_kind, mask_strides = 0, [0, 0]
+    mask_kind, mask_strides = 0, (0, 0)
     if mask is not None:
-        mask = mask if mask.stride(-1) == 1 else mask.contiguous()
-        mask_strides = [0 if mask.shape[each] == 1 else mask.stride(each) for each in (0, 1)]
+        mask = _rows(mask)
+        mask_strides = (
+            0 if mask.shape[0] == 1 else mask.stride(0),
+            0 if mask.shape[1] == 1 else mask.stride(1),
+        )  # fmt: skip
         mask_kind = 1 if mask.dtype == torch.bool else 2
         mask = mask.view(torch.uint8) if mask_kind == 1 else mask
-    num_queries, pairs = num_heads // num_kv_heads, batch * num_kv_heads
-    num_blocks = -(-num_keys // keys_at_once(dim, k.element_size()))
-    chosen = settings(pairs, num_blocks, dim, k.element_size(), device.num_multiprocessors(q.device))
-    splits, columns = chosen.num_splits, triton.next_power_of_2(dim)
-    overlaps = overlap.overlaps(q.device)
-    options = overlap.options(overlaps)
-    whole = splits == 1
+    length_stride = length.stride(0) if length is not None and length.numel() > 1 else 0
+    strides = (*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *mask_strides, length_stride)
+    attend, combine, splits = _launches(
+        settings, q.device, k.dtype, (batch, num_heads, num_kv_heads, dim), num_keys, window, scale, strides,
+        mask_kind, mask_strides[1] != 0, length is not None,
+    )  # fmt: skip
     sums, stats = out, out
-    if not whole:
+    if combine is not None:
         sums = torch.empty(batch * num_heads, splits, dim, dtype=torch.float32, device=q.device)
         stats = torch.empty(batch * num_heads, splits, 2, dtype=torch.float32, device=q.device)
-    _attend_split[(pairs, splits)](
-        q, k, v, q if mask is None else mask, q if length is None else length, out, sums, stats,
-        num_kv_heads, num_queries, num_keys, splits, window or 0, scale,
-        q.stride(0), q.stride(1), *k.stride()[:3], *v.stride()[:3], *mask_strides,
-        length.stride(0) if length is not None and length.numel() > 1 else 0,
-        MASK=mask_kind, PER_HEAD=mask_strides[1] != 0, LIMITED=length is not None, WINDOWED=window is not None,
-        WHOLE=whole, OVERLAPS=overlaps, UPCAST=device.INTERPRETED, DIM=dim, COLUMNS=columns,
-        # The matrix units take 16 rows at least; with fewer queries the rest are zeros.
-        QUERIES=max(16, triton.next_power_of_2(num_queries)), KEYS=chosen.keys,
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages, **options,
-    )  # fmt: skip
-    if not whole:
-        _combine[(batch * num_heads,)](
-            sums, stats, out, splits, OVERLAPS=overlaps, DIM=dim, COLUMNS=columns, SPLITS=MAX_SPLITS, num_warps=4,
-            **options,
-        )  # fmt: skip
+    attend(q, k, v, q if mask is None else mask, q if length is None else length, out, sums, stats)
+    if combine is not None:
+        combine(sums, stats, out)
     return out
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """The same with the last dimension dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 # --- operator: what compilers see. Its name holds that of this module, so that two builds of the repository can be in

@@ -4,12 +4,14 @@ Shapes: x, residual, s and y (..., H), weight (H), rstd (rows). Rows are all dim
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from . import device, overlap
 from .add_rows import add_rows
+from .launching import REMEMBERED, Launch
 
 try:
     import triton
@@ -152,6 +154,27 @@ def output_dtype(x: torch.Tensor, weight: torch.Tensor, rounds_first: bool) -> t
     return torch.promote_types(x.dtype, weight.dtype) if rounds_first else x.dtype
 
 
+@functools.lru_cache(REMEMBERED, typed=True)
+def _launches(
+    choose: Callable[..., Settings],
+    of: torch.device,
+    num_rows: int,
+    num_columns: int,
+    strides: tuple[int, int],
+    kind: tuple[float, float, bool],
+    adds: bool,
+    saves: bool,
+) -> Launch:
+    """The launch of the forward kernel; `choose` is `settings`, `kind` what the norm has beside its weight."""
+    chosen = choose(num_rows, num_columns, device.num_multiprocessors(of), False, overlap.overlaps(of))
+    values = (
+        num_rows, num_columns, *strides, *kind, adds, saves, chosen.overlaps, chosen.columns == num_columns,
+        chosen.rows, chosen.columns, chosen.num_stages,
+    )  # fmt: skip
+    options = {"num_warps": chosen.num_warps, **overlap.options(chosen.overlaps)}
+    return Launch(_forward_rows, (chosen.num_programs,), values, **options)
+
+
 def launch(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -175,15 +198,12 @@ def launch(
         added = device.rows_of(residual)
         total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
     if y.numel():
-        chosen = settings(
-            num_rows, num_columns, device.num_multiprocessors(x.device), False, overlap.overlaps(x.device)
-        )
-        _forward_rows[(chosen.num_programs,)](
-            flat, added, weight, y, total, rstd, num_rows, num_columns, flat.stride(0), added.stride(0), eps,
-            OFFSET=offset, ROUNDS_FIRST=rounds_first, ADDS=residual is not None, SAVES=saves,
-            OVERLAPS=chosen.overlaps, EVEN=chosen.columns == num_columns, ROWS=chosen.rows, COLUMNS=chosen.columns,
-            STAGES=chosen.num_stages, num_warps=chosen.num_warps, **overlap.options(chosen.overlaps),
+        strides = (flat.stride(0), added.stride(0))
+        kind = (eps, offset, rounds_first)
+        launched = _launches(
+            settings, x.device, num_rows, num_columns, strides, kind, residual is not None, saves
         )  # fmt: skip
+        launched(flat, added, weight, y, total, rstd)
     return y, total, rstd
 
 

@@ -128,8 +128,7 @@ def values_of(qkv: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
     """The values in `qkv`, (B, K, T, D), as a view."""
     num_kv_heads = kv_heads_of(qkv, num_heads, head_dim)
     start = (num_heads + num_kv_heads) * head_dim
-    values: torch.Tensor = qkv[..., start:].unflatten(-1, (num_kv_heads, head_dim))
-    return values.transpose(1, 2)
+    return qkv[..., start:].view(*qkv.shape[:-1], num_kv_heads, head_dim).transpose(1, 2)
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -198,8 +197,10 @@ def rotate(
     if not device.in_triton(qkv):
         return reference(qkv, cos, sin, num_heads, head_dim, q_weight, k_weight, eps, offset, rounds_first)
     watched = not device.launches(qkv, cos, sin, q_weight, k_weight)
-    copies = torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (qkv, q_weight, k_weight)
+    copies = (
+        watched
+        and torch.is_grad_enabled()
+        and any(each is not None and each.requires_grad for each in (qkv, q_weight, k_weight))
     )
     run = _rotate if watched else launch
     q, k, v = run(qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, eps, offset, rounds_first, copies)

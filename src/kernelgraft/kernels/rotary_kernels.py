@@ -6,12 +6,15 @@ Where the original has a tensor of the model's dtype (what the norm gives, each 
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from . import device, overlap
 from .add_rows import add_rows
+from .launching import REMEMBERED, Launch
+from .rms_norm_kernels import add_rows
 
 try:
     import triton
@@ -340,6 +343,32 @@ def launch_into(
     return q
 
 
+@functools.lru_cache(REMEMBERED, typed=True)
+def _launches(
+    choose: Callable[..., Settings],
+    of: torch.device,
+    num_tokens: tuple[int, int],
+    heads: tuple[int, int, int],
+    head_dim: int,
+    num_slots: int,
+    strides: tuple[int, ...],
+    norm: tuple[float, float, bool] | None,
+    norm_dtype: torch.dtype,
+    stores: bool,
+) -> Launch:
+    """The launch of the forward kernel; `choose` is `settings`, `num_tokens` all of them and those of a sequence."""
+    chosen = choose(num_tokens[0], heads, head_dim, device.num_multiprocessors(of), False)
+    overlaps, (eps, offset, rounds_first) = overlap.overlaps(of), norm or (0.0, 0.0, True)
+    values = (
+        *num_tokens, *heads[:2], num_slots, *chosen.num_programs, *strides, eps,
+        norm is not None, offset, rounds_first, _TRITON_DTYPES[norm_dtype], stores, overlaps,
+        head_dim // 2, chosen.columns, chosen.tokens, chosen.heads,
+    )  # fmt: skip
+    # The rounded products and their sum become arithmetic of the dtype, and fused they would not be rounded.
+    options = {"num_warps": chosen.num_warps, "enable_fp_fusion": False, **overlap.options(overlaps)}
+    return Launch(_forward, (sum(chosen.num_programs),), values, **options)
+
+
 def _launch(qkv, cos, sin, q_weight, k_weight, q, k, v, position, copies, eps, offset, rounds_first):
     qkv, cos, sin = _rows(qkv), _rows(cos), _rows(sin)
     batch, num_tokens, _ = qkv.shape
@@ -347,21 +376,18 @@ def _launch(qkv, cos, sin, q_weight, k_weight, q, k, v, position, copies, eps, o
     num_kv_heads = kv_heads_of(qkv, num_heads, head_dim)
     if not num_rows:
         return
-    heads = (num_heads, num_kv_heads, num_kv_heads if copies else 0)
-    chosen = settings(num_rows, heads, head_dim, device.num_multiprocessors(qkv.device), False)
-    norms, overlaps = q_weight is not None, overlap.overlaps(qkv.device)
-    _forward[(sum(chosen.num_programs),)](
+    norms = q_weight is not None
+    strides = (
+        *qkv.stride()[:2], *_batches(cos), *_batches(sin), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
+    )  # fmt: skip
+    launch = _launches(
+        settings, qkv.device, (num_rows, num_tokens), (num_heads, num_kv_heads, num_kv_heads if copies else 0),
+        head_dim, k.shape[2], strides, (eps, offset, rounds_first) if norms else None,
+        dtypes(qkv, cos, q_weight, rounds_first)[0], position is not None,
+    )  # fmt: skip
+    launch(
         qkv, cos, sin, q_weight.contiguous() if norms else cos, k_weight.contiguous() if norms else cos, q, k, v,
         qkv if position is None else position,
-        num_rows, num_tokens, num_heads, num_kv_heads, k.shape[2], *chosen.num_programs,
-        qkv.stride(0), qkv.stride(1), *_batches(cos), *_batches(sin),
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], eps,
-        NORMS=norms, OFFSET=offset, ROUNDS_FIRST=rounds_first,
-        NORM_DTYPE=_TRITON_DTYPES[dtypes(qkv, cos, q_weight, rounds_first)[0]], STORES=position is not None,
-        OVERLAPS=overlaps, HALF=head_dim // 2, COLUMNS=chosen.columns, TOKENS=chosen.tokens, HEADS=chosen.heads,
-        num_warps=chosen.num_warps, **overlap.options(overlaps),
-        # The rounded products and their sum become arithmetic of the dtype, and fused they would not be rounded.
-        enable_fp_fusion=False,
     )  # fmt: skip
 
 
