@@ -75,8 +75,12 @@ def main():
 
     # The second launch hands over the same as the first, without Triton's search.
     first, searched = run(launch, x, x)
-    assert searched and first[:2] == ((4, 1, 1), 100) and first[4]
-    assert first[5][0] is x and first[5][2:] == values and first[3][0] == 2
+    assert searched
+    assert first[:2] == ((4, 1, 1), 100)
+    assert first[4]
+    assert first[5][0] is x
+    assert first[5][2:] == values
+    assert first[3][0] == 2
     assert run(launch, x, x) == (first, False)
 
     # Another alignment of any pointer, dtype and device has a kernel of its own, which is that of Triton.
@@ -89,7 +93,9 @@ def main():
     assert run(launch, x[4:], x[8:])[1] is False
     Driver.device = 1
     other, searched = run(launch, x, x)
-    assert searched and other[1] == 101 and other[2] != first[2]
+    assert searched
+    assert other[1] == 101
+    assert other[2] != first[2]
     assert run(launch, x, x) == (other, False)
     Driver.device = 0
     assert run(launch, x, x) == (first, False)
@@ -97,9 +103,12 @@ def main():
     # Other numbers, constants and options belong to another `Launch`.
     for changed in ((64, 2, 0.5, 2.0, 16), (63, 1, 0.5, 2.0, 16), (64, 1, 0.5, 1.0, 16), (2**40, 1, 0.5, 2.0, 16)):
         other, searched = run(Launch(scaled, (4,), changed, num_warps=2, launch_pdl=True), x, x)
-        assert searched and other[2] != first[2]
+        assert searched
+        assert other[2] != first[2]
     other, _ = run(Launch(scaled, (4, 3), values, num_warps=4), x, x)
-    assert other[0] == (4, 3, 1) and other[3][0] == 4 and not other[4]
+    assert other[0] == (4, 3, 1)
+    assert other[3][0] == 4
+    assert not other[4]
 
     # Who looks on sees every launch.
     hooks, seen = triton.knobs.runtime, []
@@ -109,7 +118,8 @@ def main():
         chain.remove(seen.append)
         assert not run(launch, x, x)[1]
     scaled.add_pre_run_hook(lambda *args, **kwargs: seen.append(args))
-    assert run(launch, x, x)[1] and seen[-1][2:] == values
+    assert run(launch, x, x)[1]
+    assert seen[-1][2:] == values
     scaled.pre_run_hooks.clear()
     assert not run(launch, x, x)[1]
 

@@ -37,7 +37,8 @@ def test_what_is_launched_runs():
         y = torch.zeros_like(x)
         for _ in range(2):
             launch(x, y)
-            assert torch.equal(y[:20], 2 * x[:20]) and not y[20:].any()
+            assert torch.equal(y[:20], 2 * x[:20])
+            assert not y[20:].any()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

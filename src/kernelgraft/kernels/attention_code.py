@@ -63,12 +63,19 @@ class Library(NamedTuple):
     paged: Any
 
 
+_library: Library | None = None
+# Not by `functools.cache`, which compilers look through, and warn of.
+
+
 def library() -> Library:
-    """What is there in Transformers.
+    """What is there in Transformers; looked up once, since it takes as long as a launch.
 
     Raises:
         ImportError: It is not installed, or has not these.
     """
+    global _library
+    if _library is not None:
+        return _library
     try:
         from transformers.cache_utils import Cache, StaticLayer
         from transformers.generation.continuous_batching.cache import PagedAttentionCache
@@ -78,7 +85,8 @@ def library() -> Library:
         raise ImportError(
             f"this kernel stands for an attention of Transformers 5.22.2 or newer, and there is none: {error}"
         ) from error
-    return Library(ALL_ATTENTION_FUNCTIONS, sdpa_attention_forward, Cache, StaticLayer, PagedAttentionCache)
+    _library = Library(ALL_ATTENTION_FUNCTIONS, sdpa_attention_forward, Cache, StaticLayer, PagedAttentionCache)
+    return _library
 
 
 def calls_of(attention: nn.Module) -> Calls:

@@ -14,7 +14,7 @@ from torch import nn
 
 from . import device
 from .few_tokens import Norm, product, taken, takes
-from .gated_mlp import run
+from .gated_mlp import run, weights_of
 from .rms_norm import add_rms_norm
 from .rms_norm_attention import RMSNormAttentionLayout, attended
 from .rms_norm_mlp import RMSNormMLPLayout
@@ -104,8 +104,7 @@ class DecoderLayer(nn.Module):
         attention, mlp = self.attention, self.feed_forward
         kwargs.update(position_ids=position_ids, use_cache=use_cache)
         out, _ = attended(attention, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
-        o_proj = attention.o_proj
-        weight, bias = o_proj.weight, o_proj.bias
+        weight, bias = weights_of(attention.o_proj)
         norm = Norm(mlp.scale, *mlp.kind)
         few = takes(out, weight, bias, hidden_states)
         trains = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)

@@ -139,16 +139,18 @@ def gated_mlp(
     """
     if not device.in_triton(x):
         return reference(reference(x, gate_up, gate_up_bias, norm, act), down, down_bias, None, "", residual)
-    scale, kind = (None, (0.0, 0.0, True)) if norm is None else (norm.weight, tuple(norm[1:]))
+    scale = None if norm is None else norm.weight
     if takes(x, gate_up, gate_up_bias, scale, down, down_bias, residual):
         if device.launches(x, gate_up, gate_up_bias, scale, down, down_bias, residual):
             return launch_few(x, gate_up, down, act, gate_up_bias, down_bias, norm, residual)
+        kind = (0.0, 0.0, True) if norm is None else norm[1:]
         few: torch.Tensor = _few(x, gate_up, down, act, gate_up_bias, down_bias, scale, *kind, residual)
         return few
     tensors = [each for each in (x, gate_up, gate_up_bias, down, down_bias, scale) if each is not None]
     trains = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
     alike = all(each.dtype == x.dtype for each in tensors) and not torch.is_autocast_enabled(x.device.type)
     if trains and alike and not takes(x, gate_up):
+        kind = (0.0, 0.0, True) if norm is None else norm[1:]
         y: torch.Tensor = _Recomputing.apply(x, scale, gate_up, gate_up_bias, down, down_bias, kind, act)
         return y if residual is None else residual + y
     return product(product(x, gate_up, gate_up_bias, norm, act), down, down_bias, None, "", residual)
@@ -252,5 +254,17 @@ class GeGLUMLP(nn.Module):
 
 def run(layout: Any, x: torch.Tensor, norm: Norm | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
     """`gated_mlp` with what a layout holds."""
-    up, down = layout.gate_up_proj, layout.down_proj
-    return gated_mlp(x, up.weight, down.weight, layout.activation, up.bias, down.bias, norm, residual)
+    gate_up, gate_up_bias = weights_of(layout.gate_up_proj)
+    down, down_bias = weights_of(layout.down_proj)
+    return gated_mlp(x, gate_up, down, layout.activation, gate_up_bias, down_bias, norm, residual)
+
+
+def weights_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The weight and the bias of a linear layer.
+
+    Where they are its own, without `nn.Module.__getattr__`, which takes the host as long as a check of seven tensors.
+    """
+    held = layer._parameters
+    if "weight" in held and "bias" in held:
+        return held["weight"], held["bias"]
+    return layer.weight, layer.bias

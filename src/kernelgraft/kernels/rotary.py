@@ -128,7 +128,8 @@ def values_of(qkv: torch.Tensor, num_heads: int, head_dim: int) -> torch.Tensor:
     """The values in `qkv`, (B, K, T, D), as a view."""
     num_kv_heads = kv_heads_of(qkv, num_heads, head_dim)
     start = (num_heads + num_kv_heads) * head_dim
-    return qkv[..., start:].view(*qkv.shape[:-1], num_kv_heads, head_dim).transpose(1, 2)
+    values = qkv.narrow(-1, start, qkv.shape[-1] - start)
+    return values.view(*qkv.shape[:-1], num_kv_heads, head_dim).transpose(1, 2)
 
 
 def rotate_half(x: torch.Tensor) -> torch.Tensor:
