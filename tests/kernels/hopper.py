@@ -11,6 +11,7 @@ from triton.runtime.jit import JITFunction
 
 from kernelgraft.kernels import (
     activation,
+    decode_attention_kernels,
     device,
     few_tokens,
     one_token_attention,
@@ -97,6 +98,11 @@ def launch_all():
     rotary_kernels.launch_into(*rotation, cache, cache.clone(), position)
     mask = torch.ones(2, 1, 1, 600, dtype=torch.bool)
     one_token_attention.launch(empty(2, 4, 1, 128), cache, cache, 0.1, mask, None, None)
+    held, longer = (cache, cache.clone()), (empty(2, 2, 601, 128), empty(2, 2, 601, 128))
+    for weights in ((None, None), (head, head)):
+        rotation = (empty(2, 1, 8 * 128), empty(1, 1, 128), empty(1, 1, 128), *weights, 4, 128, 1e-6, 0.0, True)
+        decode_attention_kernels.launch(*rotation, held, held, position, 0.1, mask)
+        decode_attention_kernels.launch(*rotation, held, longer, None, 0.1, None)
 
 
 def launch_products():

@@ -113,12 +113,14 @@ if triton is not None:
 
     @triton.jit(do_not_specialize=["num_splits"])
     def _combine(
-        sums_ptr, stats_ptr, out_ptr, num_splits,
-        OVERLAPS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+        sums_ptr, stats_ptr, out_ptr, position_ptr, num_splits,
+        COUNTS: tl.constexpr, OVERLAPS: tl.constexpr, DIM: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
     ):  # fmt: skip
         if OVERLAPS:
             overlap.wait()
         row = tl.program_id(0).to(tl.int64)
+        if COUNTS:  # nobody reads it any more
+            tl.store(position_ptr, tl.load(position_ptr) + 1, mask=row == 0)
         splits = tl.arange(0, SPLITS)
         columns = tl.arange(0, COLUMNS)
         there = splits < num_splits
@@ -211,8 +213,7 @@ def _launches(
     )
     if splits == 1:
         return attend, None, 1
-    values = (splits, overlaps, dim, columns, MAX_SPLITS)
-    return attend, Launch(_combine, (batch * num_heads,), values, num_warps=4, **options), splits
+    return attend, combining(of, batch * num_heads, splits, dim, False), splits
 
 
 def launch(
@@ -231,34 +232,53 @@ def launch(
     out = q.new_empty((batch, 1, num_heads, dim))
     if not out.numel() or not num_keys:
         return out.zero_()
-    mask_kind, mask_strides = 0, (0, 0)
-    if mask is not None:
-        mask = _rows(mask)
-        mask_strides = (
-            0 if mask.shape[0] == 1 else mask.stride(0),
-            0 if mask.shape[1] == 1 else mask.stride(1),
-        )  # fmt: skip
-        mask_kind = 1 if mask.dtype == torch.bool else 2
-        mask = mask.view(torch.uint8) if mask_kind == 1 else mask
+    mask, mask_kind, mask_strides = mask_of(mask)
     length_stride = length.stride(0) if length is not None and length.numel() > 1 else 0
     strides = (*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *mask_strides, length_stride)
     attend, combine, splits = _launches(
         settings, q.device, k.dtype, (batch, num_heads, num_kv_heads, dim), num_keys, window, scale, strides,
         mask_kind, mask_strides[1] != 0, length is not None,
     )  # fmt: skip
-    sums, stats = out, out
-    if combine is not None:
-        sums = torch.empty(batch * num_heads, splits, dim, dtype=torch.float32, device=q.device)
-        stats = torch.empty(batch * num_heads, splits, 2, dtype=torch.float32, device=q.device)
+    sums, stats = empty_parts(out, splits)
     attend(q, k, v, q if mask is None else mask, q if length is None else length, out, sums, stats)
     if combine is not None:
-        combine(sums, stats, out)
+        combine(sums, stats, out, out)
     return out
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """The same with the last dimension dense."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def mask_of(mask: torch.Tensor | None) -> tuple[torch.Tensor | None, int, tuple[int, int]]:
+    """A mask as the kernels read it, its kind (0 for none, 1 for truth, 2 for numbers), and its first two strides."""
+    if mask is None:
+        return None, 0, (0, 0)
+    mask = _rows(mask)
+    strides = (0 if mask.shape[0] == 1 else mask.stride(0), 0 if mask.shape[1] == 1 else mask.stride(1))
+    if mask.dtype == torch.bool:
+        return mask.view(torch.uint8), 1, strides
+    return mask, 2, strides
+
+
+def empty_parts(out: torch.Tensor, num_splits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What splits write for `combining`: sums (B * N, splits, D), and maxima and denominators (B * N, splits, 2)."""
+    if num_splits == 1:
+        return out, out
+    batch, _, num_heads, dim = out.shape
+    sums = torch.empty(batch * num_heads, num_splits, dim, dtype=torch.float32, device=out.device)
+    return sums, torch.empty(batch * num_heads, num_splits, 2, dtype=torch.float32, device=out.device)
+
+
+def combining(of: torch.device, num_rows: int, num_splits: int, dim: int, counts: bool) -> Launch:
+    """The launch that puts the parts of all splits together: of `empty_parts`, the output and a position.
+
+    With `counts` the position, one integer, is incremented: nobody reads it any more.
+    """
+    overlaps = overlap.overlaps(of)
+    values = (num_splits, counts, overlaps, dim, triton.next_power_of_2(dim), MAX_SPLITS)
+    return Launch(_combine, (num_rows,), values, num_warps=4, **overlap.options(overlaps))
 
 
 # --- operator: what compilers see. Its name holds that of this module, so that two builds of the repository can be in

@@ -23,7 +23,7 @@ except ImportError:
     triton = None
 
 if triton is not None:
-    _TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+    TRITON_DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
     @triton.jit
     def _tile(tile, num_rows, num_tokens, num_heads, TOKENS: tl.constexpr, HEADS: tl.constexpr):
@@ -34,6 +34,33 @@ if triton is not None:
         head = (tile % head_tiles) * HEADS + lane % HEADS
         there = (row < num_rows) & (head < num_heads)
         return (row // num_tokens).to(tl.int64), (row % num_tokens).to(tl.int64), head.to(tl.int64), there
+
+    @triton.jit
+    def normed(low, high, low_scale, high_scale, eps, HALF: tl.constexpr, ROUNDS_FIRST: tl.constexpr,
+               DTYPE: tl.constexpr):  # fmt: skip
+        """Rows of heads, as two halves, each head normalized; the scales have what the norm adds to its weight."""
+        low_fp32, high_fp32 = low.to(tl.float32), high.to(tl.float32)
+        squares = tl.sum(low_fp32 * low_fp32 + high_fp32 * high_fp32, axis=1)
+        rstd = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
+        low_fp32, high_fp32 = low_fp32 * rstd, high_fp32 * rstd
+        if ROUNDS_FIRST:
+            low_fp32, high_fp32 = low_fp32.to(low.dtype).to(tl.float32), high_fp32.to(low.dtype).to(tl.float32)
+        return (low_fp32 * low_scale[None, :]).to(DTYPE), (high_fp32 * high_scale[None, :]).to(DTYPE)
+
+    @triton.jit
+    def turned(low, high, cos_at, sin_at, mask, HALF: tl.constexpr, DTYPE: tl.constexpr):
+        """Rows of heads, as two halves, each rotated by the angles at these addresses."""
+        low_cos = tl.load(cos_at, mask=mask, other=0.0).to(tl.float32)
+        high_cos = tl.load(cos_at + HALF, mask=mask, other=0.0).to(tl.float32)
+        low_sin = tl.load(sin_at, mask=mask, other=0.0).to(tl.float32)
+        high_sin = tl.load(sin_at + HALF, mask=mask, other=0.0).to(tl.float32)
+        low_fp32, high_fp32 = low.to(tl.float32), high.to(tl.float32)
+        # Each product is a tensor of the model's dtype there, so each is rounded.
+        low_turned = (low_fp32 * low_cos).to(DTYPE).to(tl.float32)
+        low_turned -= (high_fp32 * low_sin).to(DTYPE).to(tl.float32)
+        high_turned = (high_fp32 * high_cos).to(DTYPE).to(tl.float32)
+        high_turned += (low_fp32 * high_sin).to(DTYPE).to(tl.float32)
+        return low_turned, high_turned
 
     @triton.jit
     def _heads(
@@ -56,29 +83,12 @@ if triton is not None:
             low = tl.load(x_ptr + at, mask=mask, other=0.0)
             high = tl.load(x_ptr + at + HALF, mask=mask, other=0.0)
             if NORMS:
-                low_fp32, high_fp32 = low.to(tl.float32), high.to(tl.float32)
-                squares = tl.sum(low_fp32 * low_fp32 + high_fp32 * high_fp32, axis=1)
-                rstd = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
-                low_fp32, high_fp32 = low_fp32 * rstd, high_fp32 * rstd
-                if ROUNDS_FIRST:
-                    low_fp32, high_fp32 = low_fp32.to(low.dtype).to(tl.float32), high_fp32.to(low.dtype).to(tl.float32)
-                low = (low_fp32 * low_scale[None, :]).to(NORM_DTYPE)
-                high = (high_fp32 * high_scale[None, :]).to(NORM_DTYPE)
+                low, high = normed(low, high, low_scale, high_scale, eps, HALF, ROUNDS_FIRST, NORM_DTYPE)
             if TURNS:
-                dtype = out_ptr.dtype.element_ty
                 cos_at = (batch * cos_batch + token * cos_token)[:, None] + columns[None, :]
                 sin_at = (batch * sin_batch + token * sin_token)[:, None] + columns[None, :]
-                low_cos = tl.load(cos_ptr + cos_at, mask=mask, other=0.0).to(tl.float32)
-                high_cos = tl.load(cos_ptr + cos_at + HALF, mask=mask, other=0.0).to(tl.float32)
-                low_sin = tl.load(sin_ptr + sin_at, mask=mask, other=0.0).to(tl.float32)
-                high_sin = tl.load(sin_ptr + sin_at + HALF, mask=mask, other=0.0).to(tl.float32)
-                low_fp32, high_fp32 = low.to(tl.float32), high.to(tl.float32)
-                # Each product is a tensor of the model's dtype there, so each is rounded.
-                low_turned = (low_fp32 * low_cos).to(dtype).to(tl.float32)
-                low_turned -= (high_fp32 * low_sin).to(dtype).to(tl.float32)
-                high_turned = (high_fp32 * high_cos).to(dtype).to(tl.float32)
-                high_turned += (low_fp32 * high_sin).to(dtype).to(tl.float32)
-                low, high = low_turned, high_turned
+                dtype = out_ptr.dtype.element_ty
+                low, high = turned(low, high, cos_ptr + cos_at, sin_ptr + sin_at, mask, HALF, dtype)
             slot = token
             if STORES:
                 slot = token + position
@@ -361,7 +371,7 @@ def _launches(
     overlaps, (eps, offset, rounds_first) = overlap.overlaps(of), norm or (0.0, 0.0, True)
     values = (
         *num_tokens, *heads[:2], num_slots, *chosen.num_programs, *strides, eps,
-        norm is not None, offset, rounds_first, _TRITON_DTYPES[norm_dtype], stores, overlaps,
+        norm is not None, offset, rounds_first, TRITON_DTYPES[norm_dtype], stores, overlaps,
         head_dim // 2, chosen.columns, chosen.tokens, chosen.heads,
     )  # fmt: skip
     # The rounded products and their sum become arithmetic of the dtype, and fused they would not be rounded.
