@@ -10,7 +10,7 @@ from torch import nn
 
 import kernelgraft
 from kernelgraft.errors import PlanError
-from kernelgraft.kernels import one_token_attention, rms_norm_attention, rotary
+from kernelgraft.kernels import decode_attention, one_token_attention, rms_norm_attention, rotary
 
 pytest.importorskip("triton")
 tiny = pytest.importorskip("tiny")
@@ -104,7 +104,13 @@ def test_in_triton(name, implementation, in_triton):
 def launched(monkeypatch):
     """How often each kernel was launched."""
     counts = {}
-    for module, name in ((rotary, "launch"), (rotary, "launch_into"), (one_token_attention, "launch")):
+    modules = (
+        (rotary, "launch"),
+        (rotary, "launch_into"),
+        (one_token_attention, "launch"),
+        (decode_attention, "launch"),
+    )
+    for module, name in modules:
         run = getattr(module, name)
         key = f"{module.__name__.rpartition('.')[2]}.{name}"
         counts[key] = 0
@@ -118,29 +124,30 @@ def launched(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "cache", "into"),
+    ("name", "cache", "later_by"),
     [
-        ("heads of 64", "dynamic", False),
-        ("heads of 64", "static", True),
-        ("mistral with a sliding window", "dynamic", False),
-        ("mistral with a sliding window", "static", False),  # it rolls, by code of its own
-        ("llama", "static", True),
+        ("heads of 64", "dynamic", "decode_attention.launch"),
+        ("heads of 64", "static", "decode_attention.launch"),
+        # The other models' heads are too short for it.
+        ("mistral with a sliding window", "dynamic", "rotary.launch"),
+        ("mistral with a sliding window", "static", "rotary.launch"),  # it rolls, by code of its own
+        ("llama", "static", "rotary.launch_into"),
     ],
 )
-def test_tokens_in_triton(name, cache, into, in_triton, launched):
+def test_tokens_in_triton(name, cache, later_by, in_triton, launched):
     plain, grafted, _ = pair(name)
     num_tokens = 3
     assert torch.equal(generated(grafted, cache, num_tokens), generated(plain, cache, num_tokens))
-    later = (num_tokens - 1) * NUM_LAYERS  # at the first step a static cache is not there yet
-    assert launched["rotary.launch_into"] == (later if into else 0)
-    assert launched["rotary.launch"] == num_tokens * NUM_LAYERS - launched["rotary.launch_into"]
-    # The other models' heads are too short for it.
-    assert launched["one_token_attention.launch"] == (later if name == "heads of 64" else 0)
+    wanted = dict.fromkeys(launched, 0)
+    wanted["rotary.launch"] = NUM_LAYERS  # at the first step a cache is not there yet
+    wanted[later_by] += (num_tokens - 1) * NUM_LAYERS
+    assert launched == wanted
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_the_cache_holds_what_it_holds_without(kind, in_triton):
-    plain, grafted, _ = pair("qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "heads of 64"])
+def test_the_cache_holds_what_it_holds_without(name, kind, in_triton):
+    plain, grafted, _ = pair(name)
     caches = []
     for model in (plain, grafted):
         cache = transformers.DynamicCache() if kind == "dynamic" else transformers.StaticCache(model.config, 12)
@@ -166,13 +173,14 @@ class OwnCache(transformers.StaticCache):
 
 
 def test_a_cache_class_of_somebody_else_is_asked(in_triton, launched):
-    _, grafted, _ = pair("llama")
+    _, grafted, _ = pair("heads of 64")
     cache = OwnCache(grafted.config, 12)
     with torch.no_grad():
         for part in batch()["input_ids"].split([5, 1, 1], dim=1):
             step(grafted, part, cache)
     assert cache.num_updates == 3 * NUM_LAYERS
-    assert launched["rotary.launch_into"] == 0
+    assert launched["rotary.launch_into"] == launched["decode_attention.launch"] == 0
+    assert launched["one_token_attention.launch"] == 2 * NUM_LAYERS
 
 
 @pytest.fixture
@@ -306,9 +314,8 @@ def test_decoding_compiled_in_one_piece(kind, in_triton, launched):
             before = dict(launched)
             found.append([step(run, each, cache).logits for each in rest])
     torch.testing.assert_close(found[1], found[0])
-    assert launched["one_token_attention.launch"] == before["one_token_attention.launch"] + 2 * NUM_LAYERS
-    if kind == "static":
-        assert launched["rotary.launch_into"] == before["rotary.launch_into"] + 2 * NUM_LAYERS
+    before["decode_attention.launch"] += 2 * NUM_LAYERS
+    assert launched == before
 
 
 def test_the_weights_of_attention_are_given_where_the_original_gives_them(in_triton):

@@ -53,6 +53,7 @@ class Library(NamedTuple):
         sdpa: That of "sdpa".
         cache: The class of caches.
         static_layer: The class of their layers of a fixed length.
+        dynamic_layer: That of those that grow.
         paged: The class that older versions leave to the attention function, as `cache`.
     """
 
@@ -60,6 +61,7 @@ class Library(NamedTuple):
     sdpa: Callable[..., Any]
     cache: Any
     static_layer: Any
+    dynamic_layer: Any
     paged: Any
 
 
@@ -77,7 +79,7 @@ def library() -> Library:
     if _library is not None:
         return _library
     try:
-        from transformers.cache_utils import Cache, StaticLayer
+        from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
         from transformers.generation.continuous_batching.cache import PagedAttentionCache
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -85,7 +87,9 @@ def library() -> Library:
         raise ImportError(
             f"this kernel stands for an attention of Transformers 5.22.2 or newer, and there is none: {error}"
         ) from error
-    _library = Library(ALL_ATTENTION_FUNCTIONS, sdpa_attention_forward, Cache, StaticLayer, PagedAttentionCache)
+    _library = Library(
+        ALL_ATTENTION_FUNCTIONS, sdpa_attention_forward, Cache, StaticLayer, DynamicLayer, PagedAttentionCache
+    )
     return _library
 
 

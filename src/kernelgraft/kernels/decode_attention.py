@@ -83,7 +83,8 @@ def _empty_longer(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tenso
 def _launch_longer(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *before, keys, values, scale, mask = arguments
     keys_now, values_now = _empty_longer(keys, values)
-    return launch(*before, (keys, values), (keys_now, values_now), None, scale, mask), keys_now, values_now
+    run: Any = launch
+    return run(*before, (keys, values), (keys_now, values_now), None, scale, mask), keys_now, values_now
 
 
 # --- what models call

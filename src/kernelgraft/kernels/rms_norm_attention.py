@@ -2,7 +2,8 @@
 
 q, k and v are one product; norms over heads, the rotary embedding and the write into a static cache are one kernel
 (`rotary`). Attention itself is Transformers' own function for the implementation that the config names, so that every
-implementation, cache and mask works, but for one query token on a GPU with "sdpa" (`one_token_attention`).
+implementation, cache and mask works, but for one query token on a GPU with "sdpa": there it is `one_token_attention`,
+or with a plain cache all of it one kernel (`decode_attention`).
 
 Shapes: x and y (B, T, H), norm_weight (H), qkv_proj ((N + 2 K) * D, H), o_proj (H, N * D), norms of heads (D); N heads,
 K key and value heads, cos and sin (B or 1, T, D).
@@ -13,10 +14,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import attention_code, device
+from . import attention_code, decode_attention, device
 from .attention_code import Library
 from .few_tokens import Norm, product
-from .gated_mlp import linear
+from .gated_mlp import linear, weights_of
 from .one_token_attention import one_token_attention
 from .one_token_attention import refusal as one_token_refusal
 from .rms_norm import Kind, kind_of
@@ -25,17 +26,25 @@ from .rotary import rotate, rotate_into
 from .rotary_kernels import dtypes
 
 
-def _static_layer(library: Library, cache: Any, layer_idx: int, qkv: torch.Tensor, dtype: torch.dtype) -> Any:
-    """The layer of a static cache that a kernel can write into; `None` if it must be left to the cache's `update`.
+def _layer(library: Library, cache: Any, layer_idx: int) -> Any:
+    """The layer of a cache whose `update` is known; `None` if it must be left to the cache.
 
-    What `StaticLayer.update` does is known: it writes at `cumulative_length`, a tensor on the device, which it
-    increments in place. A class that overrides any of it, a layer on its way to another device, and what has a gradient
-    are left to their own code.
+    `StaticLayer.update` writes at `cumulative_length`, a tensor on the device, which it increments in place;
+    `DynamicLayer.update` puts what is new behind what is there, in new memory. A class that overrides any of it, and a
+    layer on its way to another device, are left to their own code.
     """
     if cache is None or type(cache).update is not library.cache.update or cache.offloading:
         return None
     layer: Any = cache.layers[layer_idx] if layer_idx < len(cache.layers) else None
-    if type(layer) is not library.static_layer or not layer.is_initialized:
+    kind = type(layer)
+    known = (kind is library.static_layer or kind is library.dynamic_layer) and layer.is_initialized
+    return layer if known else None
+
+
+def _static_layer(library: Library, cache: Any, layer_idx: int, qkv: torch.Tensor, dtype: torch.dtype) -> Any:
+    """The layer of a static cache that a kernel can write into; what has a gradient is left to the cache."""
+    layer = _layer(library, cache, layer_idx)
+    if type(layer) is not library.static_layer:
         return None
     keys, values, length = layer.keys, layer.values, layer.cumulative_length
     fits = keys.dtype == dtype and values.dtype == qkv.dtype and keys.shape[0] == values.shape[0] == qkv.shape[0]
@@ -166,7 +175,7 @@ class RMSNormAttention(nn.Module):
 def attended(
     self: Any,
     hidden_states: torch.Tensor,
-    position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+    position_embeddings: Any,
     attention_mask: torch.Tensor | None,
     cache: Any,
     kwargs: dict[str, Any],
@@ -187,33 +196,72 @@ def attended(
     library = attention_code.library()
     if not self.names_cache and isinstance(cache, library.paged):
         cache, kwargs = None, {**kwargs, "cache": cache}
-    q, k, v = _states(self, library, hidden_states, position_embeddings, cache, kwargs)
     attend = library.functions.get_interface(self.config._attn_implementation, self.eager_attention_forward)
     dropout = self.attention_dropout if self.training else 0.0
-    if attend is library.sdpa and not dropout and _is_one_token(q, k, v, attention_mask, kwargs):
+    weight, bias = weights_of(self.qkv_proj)
+    qkv = product(hidden_states, weight, bias, Norm(self.norm_weight, *self.kind))
+    # Read off the weights: a shard has fewer heads than the config says.
+    num_heads = weights_of(self.o_proj)[0].shape[1] // self.head_dim
+    norms = (self.q_norm_weight, self.k_norm_weight)
+    rotation = (qkv, *position_embeddings, num_heads, self.head_dim, *norms)
+    shape = (*hidden_states.shape[:-1], num_heads * self.head_dim)
+    plain = attend is library.sdpa and not dropout
+    if plain and hidden_states.shape[1] == 1 and device.in_triton(qkv):
+        out = _decoded(self, library, rotation, attention_mask, cache, kwargs)
+        if out is not None:
+            return out.view(shape), None
+    q, k, v = _states(self, library, rotation, cache, kwargs)
+    if plain and _is_one_token(q, k, v, attention_mask, kwargs):
         out, weights = one_token_attention(q, k, v, self.scaling, attention_mask), None
     else:
         out, weights = attend(
             self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **self.options, **kwargs
         )
-    return out.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
+    return out.reshape(shape).contiguous(), weights
+
+
+def _decoded(
+    self: Any,
+    library: Library,
+    rotation: Any,
+    mask: torch.Tensor | None,
+    cache: Any,
+    kwargs: dict[str, Any],
+) -> torch.Tensor | None:
+    """One token, with all that is between two products in one kernel; `None` where that is not for it."""
+    layer = _layer(library, cache, self.layer_idx)
+    if layer is None or not _is_bare(kwargs):
+        return None
+    qkv, cos, sin, num_heads, head_dim, q_weight, k_weight = rotation
+    keys, values = layer.keys, layer.values
+    grows = type(layer) is library.dynamic_layer
+    num_keys = keys.shape[-2] + grows
+    kind = self.head_kind
+    if decode_attention.refusal(qkv, cos, head_dim, q_weight, kind.rounds_first, keys, values, num_keys, mask):
+        return None
+    if torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (qkv, q_weight, k_weight, keys, values)
+    ):
+        return None
+    if grows:
+        out, layer.keys, layer.values = decode_attention.attend_longer(
+            qkv, cos, sin, num_heads, head_dim, q_weight, k_weight, kind, keys, values, self.scaling, mask
+        )
+        return out
+    position = layer.cumulative_length
+    if position.device != qkv.device:
+        return None
+    return decode_attention.attend_into(
+        qkv, cos, sin, num_heads, head_dim, q_weight, k_weight, kind, keys, values, position, self.scaling, mask
+    )
 
 
 def _states(
-    self: Any,
-    library: Library,
-    hidden_states: torch.Tensor,
-    position_embeddings: Any,
-    cache: Any,
-    kwargs: dict[str, Any],
+    self: Any, library: Library, rotation: Any, cache: Any, kwargs: dict[str, Any]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The queries, and the keys and values with those before them."""
-    cos, sin = position_embeddings
-    qkv = product(hidden_states, self.qkv_proj.weight, self.qkv_proj.bias, Norm(self.norm_weight, *self.kind))
-    # Read off the weights: a shard has fewer heads than the config says.
-    num_heads = self.o_proj.weight.shape[1] // self.head_dim
-    norms = (self.q_norm_weight, self.k_norm_weight, *self.head_kind)
-    arguments = (qkv, cos, sin, num_heads, self.head_dim, *norms)
+    qkv, cos = rotation[:2]
+    arguments = (*rotation, *self.head_kind)
     if device.in_triton(qkv):
         rotated_dtype = dtypes(qkv, cos, self.q_norm_weight, self.head_kind.rounds_first)[1]
         layer = _static_layer(library, cache, self.layer_idx, qkv, rotated_dtype)
@@ -236,4 +284,9 @@ def _is_one_token(
         return False
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
-    return all(kwargs.get(name) is None for name in ("position_bias", "softcap", "cache"))
+    return _is_bare(kwargs)
+
+
+def _is_bare(kwargs: dict[str, Any]) -> bool:
+    """Whether a call has nothing that changes attention itself."""
+    return kwargs.get("position_bias") is None and kwargs.get("softcap") is None and kwargs.get("cache") is None
