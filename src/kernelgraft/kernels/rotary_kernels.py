@@ -14,7 +14,6 @@ import torch
 from . import device, overlap
 from .add_rows import add_rows
 from .launching import REMEMBERED, Launch
-from .rms_norm_kernels import add_rows
 
 try:
     import triton
