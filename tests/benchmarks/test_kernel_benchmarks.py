@@ -319,5 +319,5 @@ def test_the_sweep_tries_settings(tmp_path, monkeypatch, capsys):
 
     assert script("sweep").main([*sweep, "--set", "no=3", *options]) == 0
     assert "unexpected keyword argument 'no'" in capsys.readouterr().out
-    assert script("sweep").main([*sweep, "--where", "backward=True", *options]) == 1
+    assert script("sweep").main([*sweep, "--where", "num_rows=5", *options]) == 1
     assert "settings was not asked" in capsys.readouterr().out

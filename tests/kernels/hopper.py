@@ -16,6 +16,7 @@ from kernelgraft.kernels import (
     few_tokens,
     one_token_attention,
     overlap,
+    rms_norm_backward_kernels,
     rms_norm_kernels,
     rotary_kernels,
 )
@@ -74,11 +75,7 @@ def empty(*shape, dtype=torch.bfloat16):
 
 def launch_all():
     x, weight = empty(64, 1024), empty(1024)
-    for dtype, residual, offset in ((torch.bfloat16, x, 0.0), (torch.float32, None, 1.0)):
-        norm = (weight.to(dtype), 1e-6, offset, not offset)
-        rms_norm_kernels.launch(x.to(dtype), residual, *norm, True)
-        rstd = empty(64, dtype=torch.float32)
-        rms_norm_kernels.launch_backward(x.to(dtype), residual, x.to(dtype), norm[0], rstd, *norm[2:])
+    launch_norms()
     for act in activation.ACTIVATIONS:
         activation.launch(empty(64, 2048), act)
         activation.launch_backward(x, empty(64, 2048), act)
@@ -103,6 +100,18 @@ def launch_all():
         rotation = (empty(2, 1, 8 * 128), empty(1, 1, 128), empty(1, 1, 128), *weights, 4, 128, 1e-6, 0.0, True)
         decode_attention_kernels.launch(*rotation, held, held, position, 0.1, mask)
         decode_attention_kernels.launch(*rotation, held, longer, None, 0.1, None)
+
+
+def launch_norms():
+    """Backward too where rows are few, one, as many as can be few, and many."""
+    for rows, columns in ((1, 1024), (32, 4096), (132, 1000), (132, 32768), (300, 1024), (300, 32768)):
+        x, weight = empty(rows, columns), empty(columns)
+        for dtype, residual, offset in ((torch.bfloat16, x, 0.0), (torch.float32, None, 1.0)):
+            norm = (weight.to(dtype), 1e-6, offset, not offset)
+            rms_norm_kernels.launch(x.to(dtype), residual, *norm, True)
+            rstd = empty(rows, dtype=torch.float32)
+            given = (x.to(dtype), residual, x.to(dtype), norm[0], rstd)
+            rms_norm_backward_kernels.launch_backward(*given, *norm[2:])
 
 
 def launch_products():

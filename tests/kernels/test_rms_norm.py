@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 import kernelgraft
 from kernelgraft.kernels import rms_norm as op
-from kernelgraft.kernels import rms_norm_kernels
+from kernelgraft.kernels import rms_norm_backward_kernels
 
 pytest.importorskip("triton")
 
@@ -112,7 +112,7 @@ def test_inputs_that_are_not_contiguous(make):
 
 @pytest.mark.usefixtures("in_triton")
 def test_more_rows_than_programs():
-    chosen = rms_norm_kernels.settings(4000, 64, 3, True, False)
+    chosen = rms_norm_backward_kernels.settings(4000, 64, 3, False)
     assert chosen.num_programs * chosen.rows < 4000
     x, weight = tensor(4000, 64).requires_grad_(), tensor(64, seed=1).requires_grad_()
     upstream = tensor(4000, 64, seed=2)

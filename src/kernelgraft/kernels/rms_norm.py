@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from . import device
-from .rms_norm_kernels import MAX_COLUMNS, launch, launch_backward, output_dtype
+from .rms_norm_backward_kernels import launch_backward
+from .rms_norm_kernels import MAX_COLUMNS, launch, output_dtype
 
 # --- operators: what autograd and compilers see. Their names hold that of this module, so that two builds of the
 # repository can be in one process.

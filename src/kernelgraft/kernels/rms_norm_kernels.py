@@ -1,6 +1,6 @@
-"""The device kernels of RMS norm, and how they are launched: see `rms_norm`.
+"""The forward kernel of RMS norm, and how it is launched: see `rms_norm`, and `rms_norm_backward_kernels`.
 
-Shapes: x, residual, s and y (..., H), weight (H), rstd (rows). Rows are all dimensions but the last.
+Shapes: x, residual and y (..., H), weight (H), rstd (rows). Rows are all dimensions but the last.
 """
 
 import functools
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 
 from . import device, overlap
-from .add_rows import add_rows
 from .launching import REMEMBERED, Launch
 
 try:
@@ -62,46 +61,6 @@ if triton is not None:
             y = normalized * scale[None, :]
             tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=there)
 
-    @triton.jit
-    def _backward_rows(
-        grad_y_ptr, grad_sum_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
-        num_rows, num_columns, grad_y_stride, grad_sum_stride, x_stride,
-        OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ADDS: tl.constexpr,
-        OVERLAPS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
-    ):  # fmt: skip
-        if OVERLAPS:
-            overlap.wait()
-        columns = tl.arange(0, COLUMNS)
-        inside = columns < num_columns
-        scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-        grad_weight = tl.zeros([COLUMNS], tl.float32)
-        for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-            rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-            there = (rows < num_rows)[:, None]
-            if not EVEN:
-                there = there & inside[None, :]
-            x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0)
-            grad_y = tl.load(grad_y_ptr + rows[:, None] * grad_y_stride + columns[None, :], mask=there, other=0.0).to(
-                tl.float32
-            )
-            rstd = tl.load(rstd_ptr + rows, mask=rows < num_rows, other=0.0)[:, None]
-            normalized = x.to(tl.float32) * rstd
-            rounded = normalized
-            if ROUNDS_FIRST:
-                rounded = normalized.to(x.dtype).to(tl.float32)
-            grad_weight += tl.sum(grad_y * rounded, axis=0)
-            weighted = grad_y * scale[None, :]
-            mean = tl.sum(weighted * normalized, axis=1) / num_columns
-            grad_x = (weighted - normalized * mean[:, None]) * rstd
-            if ADDS:
-                grad_x += tl.load(
-                    grad_sum_ptr + rows[:, None] * grad_sum_stride + columns[None, :], mask=there, other=0.0
-                ).to(tl.float32)
-            at = rows[:, None] * num_columns + columns[None, :]
-            tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=there)
-        # Each program has a row of its own: sums in a fixed order, so that the same step gives the same bits.
-        tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * num_columns + columns, grad_weight, mask=inside)
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -124,24 +83,23 @@ class Settings:
     overlaps: bool
 
 
+def tiled(num_rows: int, num_columns: int, num_multiprocessors: int) -> tuple[int, int, int]:
+    """Rows that a program has at once, the power of two that holds one of them, and how often that makes them all."""
+    columns = triton.next_power_of_2(max(num_columns, 1))
+    rows = max(1, min(4096 // columns, triton.next_power_of_2(max(num_rows // num_multiprocessors, 1))))
+    return rows, columns, triton.cdiv(num_rows, rows)
+
+
 @functools.cache
-def settings(num_rows: int, num_columns: int, num_multiprocessors: int, backward: bool, overlaps: bool) -> Settings:
+def settings(num_rows: int, num_columns: int, num_multiprocessors: int, overlaps: bool) -> Settings:
     """The launch for so many rows; a pure function of its arguments.
 
     Chosen on an H200 in bfloat16 (torch 2.11, Triton 3.6, 2026-11-28, `benchmarks.kernels.sweep`): us, with what else
     was tried.
     """
-    columns = triton.next_power_of_2(max(num_columns, 1))
-    rows = max(1, min(4096 // columns, triton.next_power_of_2(max(num_rows // num_multiprocessors, 1))))
-    tiles = triton.cdiv(num_rows, rows)
-    if tiles <= num_multiprocessors:  # it is the time of one that counts: 32 x 4096 4.5, backward 7.9; 16 warps 4.8
+    rows, columns, tiles = tiled(num_rows, num_columns, num_multiprocessors)
+    if tiles <= num_multiprocessors:  # it is the time of one that counts: 32 x 4096 4.5; 16 warps 4.8
         return Settings(rows, columns, max(1, min(rows * columns // 512, 16)), max(tiles, 1), 1, overlaps)
-    if backward:
-        # Each program has a row of sums to write, so there are no more than run at the same time. 8192 x 4096 59.5 with
-        # 8 warps, 3 programs for a multiprocessor 62.6, without rows on their way 62.2; 8192 x 1024 23.3.
-        num_warps = max(1, min(columns // 512, 16)) if rows == 1 else 4
-        num_stages = 3 if columns <= 4096 else 2 if columns <= 8192 else 1
-        return Settings(rows, columns, num_warps, min(tiles, 2 * num_multiprocessors), num_stages, overlaps)
     num_warps = max(1, min(rows * columns // 1024, 16))
     if rows == 1:  # 8192 x 4096 37.0, with 8 warps 38.4, four rows for each of 4 programs of a multiprocessor 38.5
         return Settings(rows, columns, num_warps, tiles, 1, overlaps)
@@ -166,7 +124,7 @@ def _launches(
     saves: bool,
 ) -> Launch:
     """The launch of the forward kernel; `choose` is `settings`, `kind` what the norm has beside its weight."""
-    chosen = choose(num_rows, num_columns, device.num_multiprocessors(of), False, overlap.overlaps(of))
+    chosen = choose(num_rows, num_columns, device.num_multiprocessors(of), overlap.overlaps(of))
     values = (
         num_rows, num_columns, *strides, *kind, adds, saves, chosen.overlaps, chosen.columns == num_columns,
         chosen.rows, chosen.columns, chosen.num_stages,
@@ -205,35 +163,3 @@ def launch(
         )  # fmt: skip
         launched(flat, added, weight, y, total, rstd)
     return y, total, rstd
-
-
-def launch_backward(
-    grad_y: torch.Tensor,
-    grad_sum: torch.Tensor | None,
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    rstd: torch.Tensor,
-    offset: float,
-    rounds_first: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the backward kernel; `x` is what was normalized, so the sum where there was one.
-
-    Returns:
-        The gradients of `x` and of `weight`.
-    """
-    flat, flat_grad, weight = device.rows_of(x), device.rows_of(grad_y), weight.contiguous()
-    num_rows, num_columns = flat.shape
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not grad_x.numel():
-        return grad_x, torch.zeros_like(weight)
-    flat_sum = flat_grad if grad_sum is None else device.rows_of(grad_sum)
-    chosen = settings(num_rows, num_columns, device.num_multiprocessors(x.device), True, overlap.overlaps(x.device))
-    partial = torch.empty(chosen.num_programs, num_columns, dtype=torch.float32, device=x.device)
-    _backward_rows[(chosen.num_programs,)](
-        flat_grad, flat_sum, flat, weight, rstd, grad_x, partial,
-        num_rows, num_columns, flat_grad.stride(0), flat_sum.stride(0), flat.stride(0),
-        OFFSET=offset, ROUNDS_FIRST=rounds_first, ADDS=grad_sum is not None,
-        OVERLAPS=chosen.overlaps, EVEN=chosen.columns == num_columns, ROWS=chosen.rows, COLUMNS=chosen.columns,
-        STAGES=chosen.num_stages, num_warps=chosen.num_warps, **overlap.options(chosen.overlaps),
-    )  # fmt: skip
-    return grad_x, add_rows(partial, weight.dtype)
