@@ -2,20 +2,17 @@
 
     PYTHONPATH=src python -m benchmarks.kernels.first_step
 
-Each measurement is a process of its own. Their Triton cache is a new folder: the first process of each step fills it
-and is a row of its own ("ours, cache cold"), the others find it warm. What CUDA and its libraries do at their first
-call is in eager's first step too; "ours, after eager" has had one in the same process, so what is left is of the
+Each measurement is a process of its own. All of them import and make their models side by side, and once all are ready
+they step in turn, one alone. Their Triton cache is a new folder, in which the first process of each step leaves what it
+compiles and is a row of its own ("ours, cache cold"); the others find it warm. What CUDA and its libraries do at their
+first call is in eager's first step too; "ours, after eager" has had one in the same process, so what is left is of the
 kernels.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,52 +20,83 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
-from benchmarks.kernels import measure, ours, qwen3, script
-from benchmarks.kernels.measure import Skipped, Work
+from benchmarks.kernels import measure, ours, processes, qwen3, script
+from benchmarks.kernels.measure import Work
+from benchmarks.kernels.processes import Process, Said
 from benchmarks.kernels.script import Bench
 
-STEPS = {"training": (4, 2048), "inference": (1, 16)}
-TINY = {"training": (2, 8), "inference": (1, 5)}
+# A training step needs most memory, and comes when those of the other have given theirs back.
+STEPS = {"inference": (1, 16), "training": (4, 2048)}
+TINY = {"inference": (1, 5), "training": (2, 8)}
 COLD = "ours, cache cold"
 VARIANTS = (COLD, "eager", "ours", "ours, after eager")
 TIMES = 3
 STEADY = 7
-LIMIT_S = 200
-READY = "ready"
+CHECKED = 64
+"""Tokens whose logits are compared, at most."""
+
+READY_S, STEP_S, END_S = 180, 200, 20
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, and print the table."""
     made = script.parser(__doc__)
-    made.add_argument("--child", nargs=2, metavar=("STEP", "VARIANT"), help=argparse.SUPPRESS)
+    made.add_argument(processes.CHILD, nargs=3, metavar=("STEP", "VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     asked = script.completed(made, "first_step", arguments)
     if asked.child:
-        _child(asked, *asked.child)
-        return 0
+        processes.serve(lambda: _child(asked, *asked.child))
     bench = Bench("first_step", asked)
-    with tempfile.TemporaryDirectory() as cache:
-        for step, (batch, length) in (TINY if asked.tiny else STEPS).items():
-            work = Work(
-                name=f"first {step} step {batch}x{length}, Qwen3-0.6B",
-                shape={"batch": batch, "length": length},
-                variants={},
-                reference=lambda: None,
-                with_host=True,
-                gradients=step == "training",
-            )
-            wanted = [variant for variant in VARIANTS if bench.wants(work.name, variant)]
-            warm = [variant for variant in wanted if variant != COLD]
-            # Whatever is asked for of ours, the first process of ours fills the cache.
-            cold = [COLD] if any(variant.startswith("ours") for variant in wanted) else []
-            for variants in (cold, warm * (1 if asked.tiny else TIMES)):
-                answers = _answers(asked, step, variants, Path(cache))
-                for variant, found in answers.items():
-                    bench.keep(work, variant, _said(found))
+    with tempfile.TemporaryDirectory() as folder:
+        _measure(bench, Path(folder))
     return script.finish(bench)
 
 
-def _said(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _measure(bench: Bench, folder: Path) -> None:
+    """Start all processes, let them step in turn, and keep the row of a variant once its last process has."""
+    asked = bench.asked
+    works = {step: _work(step, *sizes) for step, sizes in (TINY if asked.tiny else STEPS).items()}
+    turns = [(step, variant) for step, work in works.items() for variant in _turns(bench, work)]
+    options = ["--device", asked.device, "--seed", str(asked.seed)] + (["--tiny"] if asked.tiny else [])
+    cache = {"TRITON_CACHE_DIR": str(folder / "triton")}
+    started = [
+        Process(f"{step}, {variant}", "benchmarks.kernels.first_step", [step, variant, str(folder), *options], cache)
+        for step, variant in turns
+    ]
+    with processes.closing(started):
+        failed = {each: said for each, said in processes.when_ready(started, READY_S) if "ready" not in said}
+        processes.note(f"{len(started) - len(failed)} of {len(started)} processes are ready")
+        answers: dict[tuple[str, str], list[Said]] = {}
+        for turn, process in zip(turns, started, strict=True):
+            said = failed.get(process) or process.ask("go", STEP_S)
+            process.finish(END_S)
+            if "first_us" in said:
+                first, steady = said["first_us"] / 1e3, said["steady_us"] / 1e3
+                processes.note(f"{process.name}: {first:.1f} ms, and {steady:.2f} ms later")
+            answers.setdefault(turn, []).append(said)
+            if len(answers[turn]) == turns.count(turn):
+                bench.keep(works[turn[0]], turn[1], _said(answers[turn]))
+
+
+def _work(step: str, batch: int, length: int) -> Work:
+    return Work(
+        name=f"first {step} step {batch}x{length}, Qwen3-0.6B",
+        shape={"batch": batch, "length": length},
+        variants={},
+        reference=lambda: None,
+        with_host=True,
+        gradients=step == "training",
+    )
+
+
+def _turns(bench: Bench, work: Work) -> list[str]:
+    """Variants in the order in which their processes step."""
+    wanted = [variant for variant in VARIANTS if bench.wants(work.name, variant)]
+    # Whatever is asked for of ours, the first process of ours fills the cache.
+    cold = [COLD] if any(variant.startswith("ours") for variant in wanted) else []
+    return cold + [variant for variant in wanted if variant != COLD] * (1 if bench.asked.tiny else TIMES)
+
+
+def _said(answers: Sequence[Said]) -> Said:
     """The row of the processes of one variant."""
     for answer in answers:
         if "error" in answer or "skipped" in answer:
@@ -91,77 +119,10 @@ def _said(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return found | ({"error": f"{tuned} kernels were tuned"} if tuned else {})
 
 
-def _answers(
-    asked: argparse.Namespace, step: str, variants: Sequence[str], cache: Path
-) -> dict[str, list[dict[str, Any]]]:
-    """What each process says: they import side by side, and step alone, in turn."""
-    processes = [Process(asked, step, variant, cache) for variant in variants]
-    found: dict[str, list[dict[str, Any]]] = {}
-    try:
-        for process in processes:
-            process.wait_until_ready()
-        for variant, process in zip(variants, processes, strict=True):
-            found.setdefault(variant, []).append(process.answer())
-    finally:
-        for process in processes:
-            process.close()
-    return found
-
-
-class Process:
-    """A process that makes its model and then waits for its turn."""
-
-    def __init__(self, asked: argparse.Namespace, step: str, variant: str, cache: Path) -> None:
-        command = [sys.executable, "-m", "benchmarks.kernels.first_step", "--child", step, variant]
-        command += ["--device", asked.device, "--seed", str(asked.seed)] + (["--tiny"] if asked.tiny else [])
-        path = os.pathsep.join(filter(None, [str(machine.ROOT / "src"), os.environ.get("PYTHONPATH")]))
-        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed with the process
-        self._process = subprocess.Popen(
-            command,
-            cwd=machine.ROOT,
-            env={**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(cache)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-        )
-        self._timer = threading.Timer(LIMIT_S, self._process.kill)
-        self._timer.start()
-
-    def wait_until_ready(self) -> None:
-        """Until it has imported all and made its model, or has ended."""
-        assert self._process.stdout is not None
-        while (line := self._process.stdout.readline()) and line.strip() != READY:
-            pass
-
-    def answer(self) -> dict[str, Any]:
-        """Let it step, and what it says."""
-        try:
-            out, _ = self._process.communicate("go\n")
-        except BrokenPipeError:
-            out = ""
-        if self._process.wait() or not out.strip():
-            self._log.seek(0)
-            print(self._log.read()[-4000:], file=sys.stderr)
-            return {"error": f"the process ended with code {self._process.returncode}"}
-        found: dict[str, Any] = json.loads(out.splitlines()[-1])
-        return found
-
-    def close(self) -> None:
-        """End it if it has not ended."""
-        self._timer.cancel()
-        if self._process.poll() is None:
-            self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._log):
-            if stream is not None and not stream.closed:
-                stream.close()
-
-
 # --- in the process that is measured
 
 
-def _child(asked: argparse.Namespace, step: str, variant: str) -> None:
+def _child(asked: argparse.Namespace, step: str, variant: str, folder: str) -> None:
     tuned, compiled = _watched()
     batch, length = (TINY if asked.tiny else STEPS)[step]
     import kernelgraft
@@ -169,17 +130,14 @@ def _child(asked: argparse.Namespace, step: str, variant: str) -> None:
     made = qwen3.model("0.6b", asked)
     ids = qwen3.token_ids(made, batch, length, asked)
     model = made.train(step == "training")
-    print(READY, flush=True)
-    sys.stdin.readline()
+    processes.say(ready=True)
+    if not processes.told():
+        return
     if variant.endswith("after eager"):
         _milliseconds(_step(model, ids, step), asked)
     kernels: list[str] = []
     if variant != measure.YARDSTICK:
-        try:
-            mapping = ours.mapping(head=step == "training")
-        except Skipped as reason:
-            print(json.dumps({"skipped": str(reason)}))
-            return
+        mapping = ours.mapping(head=step == "training")
         kernels = ours.names(mapping)
         kernelgraft.graft(model, mapping)
     call = _step(model, ids, step)
@@ -190,17 +148,25 @@ def _child(asked: argparse.Namespace, step: str, variant: str) -> None:
         "tuned": len(tuned),
         "compiled": len(compiled),
         "kernels": kernels,
-        "relative_error": _error(model, ids[:1, :64], asked),
+        "relative_error": _error(model, ids[:1, :CHECKED], asked, Path(folder) / f"{step}.pt"),
     }
     if not said["relative_error"] <= measure.FAR:
         said = {"error": f"the relative error of the logits is {said['relative_error']:.2g}"}
-    print(json.dumps(said))
+    processes.say(**said)
 
 
-def _error(model: Any, ids: torch.Tensor, asked: argparse.Namespace) -> float:
-    """How far the logits are off from those in float32 of the same weights, drawn again."""
+def _error(model: Any, ids: torch.Tensor, asked: argparse.Namespace, file: Path) -> float:
+    """How far the logits are off from those in float32 of the same weights.
+
+    The first process draws the weights again for those, and leaves them to the others: were their weights other ones,
+    they would be far off.
+    """
     with torch.no_grad():
-        exact = qwen3.in_float32(qwen3.model("0.6b", asked))(ids).logits  # type: ignore[operator]
+        if not file.exists():
+            drawn = qwen3.model("0.6b", asked)
+            with qwen3.computing_in_float32(drawn):
+                torch.save(drawn(ids, use_cache=False).logits, file)
+        exact = torch.load(file, map_location=asked.device)
         return measure.distance(model.eval()(ids).logits, exact)
 
 

@@ -154,6 +154,42 @@ def distance(found: Any, exact: Any) -> float:
     return float(torch.stack([error.cpu() for error in errors]).max())  # of torch, so that NaN stays
 
 
+def checked(ready: Ready, exact: Any, allowed: float) -> float:
+    """How far a variant is off from float32.
+
+    Raises:
+        WrongError: It is further off than is allowed, or a graft's kernels did not run.
+    """
+    ready.before()
+    error = distance((ready.outputs or ready.call)(), exact)
+    if not error <= allowed:
+        raise WrongError(f"the relative error is {error:.2g}, and {allowed:.2g} at most would be rounding")
+    if ready.graft is not None and (not ready.graft.calls.kernel or ready.graft.calls.reference):
+        raise WrongError(f"not the kernels ran: {ready.graft.calls}")
+    return error
+
+
+def allowed(name: str, yardstick: float) -> float:
+    """How far a variant may be off, if bfloat16 explains as much as the yardstick's error."""
+    return FAR if name == YARDSTICK else 2 * yardstick + torch.finfo(DTYPE).eps / 4
+
+
+def profiled(ready: Ready, device: torch.device) -> str:
+    """Where the time of a variant goes, in one call after others."""
+    kind = "cuda" if device.type == "cuda" else "cpu"
+    for _ in range(WARMUP):
+        ready.before()
+        ready.call()
+    ready.before()
+    activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, kind.upper())}
+    with torch.profiler.profile(activities=activities) as profile:
+        ready.call()
+        if kind == "cuda":
+            torch.cuda.synchronize()
+    found: str = profile.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=16, max_name_column_width=70)
+    return found
+
+
 def compiled(what: Any, asked: argparse.Namespace, **options: Any) -> Any:
     """`torch.compile` of a function or module for these shapes; in a trial without the code generator."""
     if asked.tiny:

@@ -1,8 +1,10 @@
 """Qwen3 with random weights in real sizes, and calls of its layers as the model makes them."""
 
 import argparse
+import contextlib
 import copy
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +75,39 @@ def model(size: str, asked: argparse.Namespace, **changes: Any) -> Any:
 def in_float32(of: nn.Module) -> nn.Module:
     """A copy that computes in float32."""
     return copy.deepcopy(of).float()
+
+
+@contextlib.contextmanager
+def computing_in_float32(of: Any) -> Iterator[None]:
+    """The model itself computes in float32: one layer at a time, so that it takes little more memory than it has.
+
+    Each layer's weights are float32 while it is called, and then the very tensors of before.
+    """
+    kept: dict[nn.Parameter, torch.Tensor] = {}
+
+    def before(layer: nn.Module, _: Any) -> None:
+        for parameter in layer.parameters():
+            kept[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def after(layer: nn.Module, *_: Any) -> None:
+        for parameter in layer.parameters():
+            parameter.data = kept.pop(parameter)
+
+    hooks = []
+    for layer in (of.model.embed_tokens, *of.model.layers, of.model.norm, of.lm_head):
+        hooks += [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def digest(of: nn.Module) -> str:
+    """What weights drawn alike have in common, and no others."""
+    sums = [int(each.detach().view(torch.int16).sum(dtype=torch.int64)) for each in of.parameters()]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:12]
 
 
 def token_ids(of: Any, batch: int, length: int, asked: argparse.Namespace) -> torch.Tensor:

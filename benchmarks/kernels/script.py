@@ -17,7 +17,6 @@ import torch
 from benchmarks import machine
 from benchmarks.kernels.measure import (
     DTYPE,
-    FAR,
     REFERENCE,
     WARMUP,
     YARDSTICK,
@@ -26,11 +25,12 @@ from benchmarks.kernels.measure import (
     Row,
     Skipped,
     Work,
-    WrongError,
+    allowed,
+    checked,
     clock_on,
     compiling,
-    distance,
     make_ready,
+    profiled,
     tensors,
 )
 from kernelgraft.benchmark import _clock
@@ -55,12 +55,7 @@ class Bench:
     def measure(self, works: Iterator[Work]) -> None:
         """All works, one after another."""
         with compiling(), clock_on(self.device) as self.clock:
-            found = self.clock.machine(DTYPE)
-            self.ceilings = {
-                "copy_bandwidth": found.copy_bandwidth,
-                "matrix_rate": found.matrix_rate,
-                "cold_cache": found.cold_cache,
-            }
+            self.look_at_machine(self.clock)
             names = []
             for work in works:
                 names.append(work.name)
@@ -70,6 +65,15 @@ class Bench:
             if not fnmatch.filter(names, self.asked.only):
                 sys.exit(f"No work matches {self.asked.only!r}. There are: {'; '.join(names)}.")
 
+    def look_at_machine(self, clock: Clock) -> None:
+        """What it does at most, for the rows from now on."""
+        found = clock.machine(DTYPE)
+        self.ceilings = {
+            "copy_bandwidth": found.copy_bandwidth,
+            "matrix_rate": found.matrix_rate,
+            "cold_cache": found.cold_cache,
+        }
+
     # --- one work
 
     def _work(self, work: Work) -> None:
@@ -77,10 +81,11 @@ class Bench:
         with torch.set_grad_enabled(work.gradients):
             ready = self._checked(work)
             if self.asked.profile:
-                self._profile(work, ready)
+                for name, (each, _) in ready.items():
+                    print(f"{work.name}, {name}:\n{profiled(each, self.device)}", flush=True)
                 return
             for name, (timing, error) in self._timed(work, ready).items():
-                self.keep(work, name, self._figures(work, ready[name][0], timing) | {"relative_error": error})
+                self.keep(work, name, self.figures(work, ready[name][0].says, timing) | {"relative_error": error})
         torch._dynamo.reset()
         ready.clear()
         if self.device.type == "cuda":
@@ -117,14 +122,8 @@ class Bench:
         self, work: Work, name: str, exact: list[torch.Tensor], found: Mapping[str, tuple[Ready, float]]
     ) -> tuple[Ready, float]:
         ready = make_ready(work, name, self.device)
-        ready.before()
-        error = distance((ready.outputs or ready.call)(), exact)
-        allowed = FAR if name == YARDSTICK else 2 * found[YARDSTICK][1] + torch.finfo(DTYPE).eps / 4
-        if not error <= allowed:
-            raise WrongError(f"the relative error is {error:.2g}, and {allowed:.2g} at most would be rounding")
-        if ready.graft is not None and (not ready.graft.calls.kernel or ready.graft.calls.reference):
-            raise WrongError(f"not the kernels ran: {ready.graft.calls}")
-        return ready, error
+        yardstick = found[YARDSTICK][1] if name != YARDSTICK else 0.0
+        return ready, checked(ready, exact, allowed(name, yardstick))
 
     def _timed(self, work: Work, found: Mapping[str, tuple[Ready, float]]) -> dict[str, tuple[_clock.Timing, float]]:
         """All variants in turn, round by round."""
@@ -153,30 +152,13 @@ class Bench:
         self.clock.clean = False
         return {name: (_clock.timing(times[name], peaks[name]), error) for name, (_, error) in alive.items()}
 
-    def _profile(self, work: Work, found: Mapping[str, tuple[Ready, float]]) -> None:
-        """Where the time of each variant goes, in one call after others."""
-        kind = "cuda" if self.device.type == "cuda" else "cpu"
-        for name, (ready, _) in found.items():
-            for _ in range(WARMUP):
-                ready.before()
-                ready.call()
-            ready.before()
-            activities = {torch.profiler.ProfilerActivity.CPU, getattr(torch.profiler.ProfilerActivity, kind.upper())}
-            with torch.profiler.profile(activities=activities) as profile:
-                ready.call()
-                if kind == "cuda":
-                    torch.cuda.synchronize()
-            found_there = profile.key_averages().table(
-                sort_by=f"self_{kind}_time_total", row_limit=16, max_name_column_width=70
-            )
-            print(f"{work.name}, {name}:\n{found_there}", flush=True)
-
     # --- rows
 
-    def _figures(self, work: Work, ready: Ready, timing: _clock.Timing) -> Row:
+    def figures(self, work: Work, says: Mapping[str, Any], timing: _clock.Timing) -> Row:
+        """What a row says of the times of a variant."""
         seconds = timing.median / 1e3 / work.units
         row: Row = {f"{name}_us": 1e3 * getattr(timing, name) / work.units for name in ("median", "p20", "p80")}
-        row |= {"repeats": work.repeats or self.asked.repeats, "peak_bytes": timing.peak_bytes, **ready.says}
+        row |= {"repeats": work.repeats or self.asked.repeats, "peak_bytes": timing.peak_bytes, **says}
         if work.bytes:
             row |= {
                 "gb_s": work.bytes / seconds / 1e9,
