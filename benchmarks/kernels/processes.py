@@ -92,16 +92,22 @@ class Process:
             said = {"error": f"the process said nothing for {limit_s:.0f} s"}
         if said is None:
             code = self._process.wait()
-            self._log.seek(0)
-            log = self._log.read()
-            print(log[-4000:], file=sys.stderr, flush=True)
-            last = (log.strip().splitlines() or [""])[-1]
-            said = {"error": f"the process ended with code {code}: {last}"[:500]}
-        for why in ("error", "skipped"):
-            if why in said:
-                note(f"{self.name}: {why}: {said[why]}")
-                self.close()
-        return said
+            said = {"error": f"the process ended with code {code}: {(self._logged().splitlines() or [''])[-1]}"[:500]}
+        return self.end(said) if "error" in said or "skipped" in said else said
+
+    def end(self, why: Said) -> Said:
+        """End it for a reason, which is printed with what it has logged."""
+        for what in ("error", "skipped"):
+            if what in why:
+                note(f"{self.name}: {what}: {why[what]}")
+        if "error" in why:
+            print(self._logged()[-4000:], file=sys.stderr, flush=True)
+        self.close()
+        return why
+
+    def _logged(self) -> str:
+        self._log.seek(0)
+        return self._log.read().strip()
 
     def ask(self, word: str, limit_s: float) -> Said:
         """Tell it what to do, and hear what comes of it."""
@@ -139,10 +145,7 @@ def when_ready(processes: Sequence[Process], limit_s: float) -> Iterator[tuple[P
             if process.has_spoken:
                 yield process, process.hear(0)
             else:
-                process.close()
-                said = {"error": f"the process was not ready within {limit_s:.0f} s"}
-                note(f"{process.name}: error: {said['error']}")
-                yield process, said
+                yield process, process.end({"error": f"the process was not ready within {limit_s:.0f} s"})
         time.sleep(_POLL_S)
 
 
