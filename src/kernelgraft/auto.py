@@ -184,6 +184,7 @@ def _loading_class(cls: Any, load: _Load) -> Any:
         load.original = cls
         load.make_ready()
         with ExitStack() as stack:
+            stack.enter_context(collector_paused())
             stack.enter_context(WithoutDrawing())
             if load.config is not None and (load.config.entries or load.inherited):
                 load.recording = stack.enter_context(recorded())
@@ -195,9 +196,9 @@ def _loading_class(cls: Any, load: _Load) -> Any:
         if state_dict is None and _is_ours(checkpoint_files, load_config):
             model.__class__ = cls
             load.is_lazy = True
-            if load.config is not None:
-                load.blueprint = load.plan(model, live=False, load_config=load_config)
             with collector_paused():
+                if load.config is not None:
+                    load.blueprint = load.plan(model, live=False, load_config=load_config)
                 checkpoint = load.stack.enter_context(Checkpoint(checkpoint_files))
                 return load_lazily(model, checkpoint, load_config, expected_keys)
         return cls._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)

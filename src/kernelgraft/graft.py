@@ -27,6 +27,7 @@ from kernelgraft.errors import GraftError
 from kernelgraft.install import install_site, rebind_function, restore_site
 from kernelgraft.kernel import Kernel, load_kernel
 from kernelgraft.matching import collapse_paths
+from kernelgraft.pausing import collector_paused
 from kernelgraft.plan import Plan
 from kernelgraft.recorded_config import described
 from kernelgraft.saving import save_pretrained
@@ -502,24 +503,23 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint, ready: Reading | Non
     graft = Graft(model, blueprint.plan)
     graft.asked = described(blueprint.config)
     grafted_class = root_class(type(model))
-    undo: list[dict[str, nn.Module]] = []
+    device, installed = blueprint.plan.device, graft._installed
     try:
-        for prepared in blueprint.sites:
-            site, modules = install_site(model, prepared)
-            undo.append(modules)
-            graft._installed.append(Installed(site, (prepared.asked,), prepared.keys, modules, blueprint.plan.device))
-        for function in blueprint.functions:
-            site, modules = rebind_function(model, function)
-            undo.append(modules)
-            graft._installed.append(Installed(site, function.asked, (function.key,), modules, blueprint.plan.device))
+        with collector_paused():
+            for prepared in blueprint.sites:
+                site, modules = install_site(model, prepared)
+                installed.append(Installed(site, (prepared.asked,), prepared.keys, modules, device))
+            for function in blueprint.functions:
+                site, modules = rebind_function(model, function)
+                installed.append(Installed(site, function.asked, (function.key,), modules, device))
         materialize(model, ready)
     except BaseException:
-        for modules in reversed(undo):
-            restore_site(model, modules)
+        for each in reversed(installed):
+            restore_site(model, each.modules)
         raise
     for slot in graft._slots().values():
         slot.lost = {}
-    keys = dict.fromkeys(key for installed in graft._installed for key in installed.keys)
+    keys = dict.fromkeys(key for each in installed for key in each.keys)
     graft._traces_before = {key: traces_of.get(key, 0) for key in keys}
     vars(model)[ROOT_KEY] = graft
     model.__class__ = grafted_class

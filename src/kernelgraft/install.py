@@ -19,7 +19,7 @@ from kernelgraft.conversion.lazy import LazyTensor, parameter
 from kernelgraft.conversion.program import Part, Program
 from kernelgraft.layouts import Made, put_value
 from kernelgraft.slot import CALL_HOOKS, KEY, STATE_HOOKS, GraftedModule, Site, Slot, add_stubs
-from kernelgraft.tree import put_tensor, tensor_at
+from kernelgraft.tree import module_at, put_tensor, tensor_at
 
 _CHECKPOINTING = "gradient_checkpointing"
 _NO_SWITCHES = {*vars(nn.Module()), "forward"}
@@ -36,7 +36,7 @@ def install_site(model: nn.Module, prepared: PreparedSite) -> tuple[Site, dict[s
     site = _new_site(prepared.site.host, prepared.runs, [prepared.asked])
     if prepared.made is None:
         return _rebind(model, site, paths[0], keys[0])
-    members = [model.get_submodule(path) for path in paths]
+    members = [module_at(model, path) for path in paths]
     program = prepared.kind.program
     assert program is not None
     filled = _fill(prepared, prepared.made, program, members, model)
@@ -81,7 +81,7 @@ def _new_site(host: str, runs: Runs, asked: Sequence[Asked]) -> Site:
 
 
 def _rebind(model: nn.Module, site: Site, path: str, key: ClassKey) -> tuple[Site, dict[str, nn.Module]]:
-    module = model.get_submodule(path)
+    module = module_at(model, path)
     vars(module)[KEY] = Slot(path, site, module, module, {})
     _set_class(module, bound_class(key))
     return site, {path: module}
@@ -158,8 +158,9 @@ def _fill(
     originals = {name: _original(members, name) for name in program.sources}
     computed = _compute(prepared, program, members, model) if program.computed else {}
     filled: dict[str, torch.Tensor] = {}
+    named = made.contents.parameters | made.contents.buffers
     for target in program.targets:
-        like = tensor_at(made.layout, target)
+        like = named[target]
         if target in program.whole and target not in program.casts and isinstance(like, nn.Parameter):
             filled[target] = originals[program.whole[target]]
             continue
@@ -239,7 +240,8 @@ def _empty(member: nn.Module, parts: Mapping[str, Part]) -> None:
 
 def _put_all(layout: Contents, filled: Mapping[str, torch.Tensor]) -> None:
     """Put the values in, wherever the layout keeps the tensor that they stand for (it may do so twice)."""
-    by_id = {id(tensor_at(layout.module, name)): value for name, value in filled.items()}
+    named = layout.parameters | layout.buffers
+    by_id = {id(named[name]): value for name, value in filled.items()}
     for _, module in layout.modules:
         for registry in (module._parameters, module._buffers):
             for name, tensor in registry.items():
@@ -307,4 +309,4 @@ def _refill(slot: Slot, original: nn.Module) -> None:
 
 def _put_module(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
-    model.get_submodule(parent)._modules[name] = module
+    module_at(model, parent)._modules[name] = module

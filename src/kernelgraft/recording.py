@@ -190,7 +190,8 @@ class _WeakRecords:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def __contains__(self, module: nn.Module) -> bool:
+    def knows(self, module: nn.Module) -> bool:
+        """Whether the arguments of `module` are noted."""
         entry = self._entries.get(id(module))
         return entry is not None and entry[0]() is module
 
@@ -205,7 +206,7 @@ class _WeakRecords:
 
     def add(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         """Note what `_kept` made of a module's arguments, if none are known yet."""
-        if module in self:
+        if self.knows(module):
             return
         entries, key = self._entries, id(module)
 
@@ -231,9 +232,15 @@ class _Container:
         self.content = content
 
 
+_PLAIN = frozenset({int, float, str, bool, type(None), torch.dtype, torch.device})
+_CONTAINERS = frozenset({list, tuple, dict, OrderedDict})
+
+
 def _kept(value: Any) -> Any:
     """`value` with weak references for the modules in it; itself, the same object, where there are none."""
     kind = type(value)  # and not isinstance, which asks an object for its class: a config looks that up in Python
+    if kind in _PLAIN or (kind in _CONTAINERS and not value):
+        return value
     if issubclass(kind, nn.Module):
         return _WeakModule(value)
     if kind in (list, tuple):
@@ -264,8 +271,13 @@ def _note(into: tuple[_WeakRecords, ...], frame: FrameType) -> None:
     code, variables = frame.f_code, frame.f_locals
     if code.co_argcount:
         first: Any = variables.get(code.co_varnames[0])
+        if not issubclass(type(first), nn.Module):
+            return
         # The outermost __init__ came first: those of the bases, half of all, find the module here.
-        if not issubclass(type(first), nn.Module) or all(first in records for records in into):
+        for records in into:
+            if not records.knows(first):
+                break
+        else:
             return
     call = _call_of(code, variables)
     if call is None or not issubclass(type(call[0]), nn.Module):
@@ -287,15 +299,15 @@ def _note(into: tuple[_WeakRecords, ...], frame: FrameType) -> None:
 
 def _call_of(code: CodeType, variables: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...], dict[str, Any]] | None:
     """The first argument of a call, its other positional ones, and the keywords; `variables` are its frame's locals."""
-    names = code.co_varnames
+    names, flags = code.co_varnames, code.co_flags
     num_args, num_named = code.co_argcount, code.co_argcount + code.co_kwonlyargcount
     try:
-        args = tuple(variables[name] for name in names[:num_args])
-        kwargs = {name: variables[name] for name in names[num_args:num_named]}
-        if code.co_flags & inspect.CO_VARARGS:
+        args = tuple([variables[name] for name in names[:num_args]])
+        kwargs = {name: variables[name] for name in names[num_args:num_named]} if num_named > num_args else {}
+        if flags & inspect.CO_VARARGS:
             args += tuple(variables[names[num_named]])
             num_named += 1
-        if code.co_flags & inspect.CO_VARKEYWORDS:
+        if flags & inspect.CO_VARKEYWORDS:
             kwargs.update(variables[names[num_named]])
     except (KeyError, TypeError, ValueError):  # the frame is no longer at its start, and has reused the names
         return None

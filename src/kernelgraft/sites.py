@@ -190,13 +190,14 @@ class SitePlanner:
         devices: Mapping[str, torch.device],
     ) -> None:
         originals = originals_of(members)
+        full = {name: full_name(name, paths) for name in originals}
         for target, names in program.feeds.items():
             if len(names) > 1:
-                sources = {full_name(name, paths): originals[name] for name in names}
+                sources = {full[name]: originals[name] for name in names}
                 dtypes = {name: self._subject.dtype_of(name) or tensor.dtype for name, tensor in sources.items()}
                 where = {name: devices.get(name) or self._subject.device(name, each) for name, each in sources.items()}
                 check_sources_agree(paths[0], target, sources, dtypes, where)
-        moved = {full_name(name, paths): originals[name] for name in program.moved}
+        moved = {full[name]: originals[name] for name in program.moved}
         check_shared(paths[0], moved, self._users, self._ties)
 
     def _class_keys(

@@ -356,14 +356,21 @@ def _original_state(
 
 def add_stubs(module: nn.Module, slot: Slot) -> None:
     """Give `module` a stub for every child of the original that had parameters and that the layout does not name."""
-    for name, child in slot.skeleton.named_children():
-        if name not in module._modules and any(True for _ in child.parameters()):
+    for name, child in slot.skeleton._modules.items():
+        if child is not None and name not in module._modules and _has_parameters(child):
             module._modules[name] = _stub(slot, name, child)
 
 
 def _stub(slot: Slot, path: str, original: nn.Module) -> AbsorbedSubmodule:
     stub = AbsorbedSubmodule(slot, path)
-    for name, child in original.named_children():
-        if any(True for _ in child.parameters()):
+    for name, child in original._modules.items():
+        if child is not None and _has_parameters(child):
             stub._modules[name] = _stub(slot, f"{path}.{name}", child)
     return stub
+
+
+def _has_parameters(module: nn.Module) -> bool:
+    """Whether `parameters()` gives any; of many modules that is asked, and torch's walk costs more than all else."""
+    if any(tensor is not None for tensor in module._parameters.values()):
+        return True
+    return any(child is not None and _has_parameters(child) for child in module._modules.values())

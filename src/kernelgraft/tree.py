@@ -9,13 +9,20 @@ from torch import nn
 _ACCELERATE = ("forward", "_old_forward", "_hf_hook")
 
 
-def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
-    """The parameter or buffer called `name` in `module`, read from torch's registries alone."""
-    path, _, last = name.rpartition(".")
+def module_at(module: nn.Module, path: str) -> nn.Module:
+    """The module at `path` in `module`, read from torch's registries alone."""
     for step in path.split(".") if path else ():
         child = module._modules[step]
         assert child is not None
         module = child
+    return module
+
+
+def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer called `name` in `module`, read from torch's registries alone."""
+    path, _, last = name.rpartition(".")
+    if path:
+        module = module_at(module, path)
     tensor: torch.Tensor | None = module._parameters.get(last)
     if tensor is None:
         tensor = module._buffers[last]
@@ -26,10 +33,8 @@ def tensor_at(module: nn.Module, name: str) -> torch.Tensor:
 def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     """Put `tensor` where `module` has the parameter or buffer called `name`, whatever its class thinks of it."""
     path, _, last = name.rpartition(".")
-    for step in path.split(".") if path else ():
-        child = module._modules[step]
-        assert child is not None
-        module = child
+    if path:
+        module = module_at(module, path)
     registry: dict[str, Any] = module._buffers if last in module._buffers else module._parameters
     registry[last] = tensor
 
