@@ -1,6 +1,7 @@
 """Sites put into a model: no second copy, the same parameters where they can be, and all of them or none."""
 
 import contextlib
+import gc
 
 import pytest
 import torch
@@ -160,6 +161,7 @@ def failing(at, monkeypatch):
         patched.setattr(kernelgraft.install, "_fill", no_room)
         with pytest.raises(MemoryError, match="no room"):
             yield
+    assert gc.isenabled()
     assert len(calls) == at + 1
 
 
