@@ -1,13 +1,11 @@
 """Layers built on the meta device without drawing: the same layers, and the same refusals and warnings."""
 
-import contextlib
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import init
 
-from kernelgraft.meta import OnMeta, WithoutDrawing
+from kernelgraft.meta import WithoutDrawing
 
 LAYERS = [
     lambda: nn.Linear(3, 4),
@@ -31,8 +29,6 @@ def test_the_same_layers(layer):
         expected = forms(layer())
         with WithoutDrawing():
             assert forms(layer()) == expected
-    with OnMeta():
-        assert forms(layer()) == expected
 
 
 @pytest.mark.parametrize("layer", LAYERS)
@@ -45,35 +41,14 @@ def test_what_has_values_is_drawn(layer):
     assert all(torch.equal(drawn[name], tensor) for name, tensor in expected.items())
 
 
-@contextlib.contextmanager
-def both():
-    with WithoutDrawing(), torch.device("meta"):
-        yield
-
-
-@pytest.mark.parametrize("on_meta", [both, OnMeta])
-def test_random_numbers_are_drawn_in_their_order(on_meta):
+def test_random_numbers_are_drawn_in_their_order():
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    with on_meta():
+    with WithoutDrawing(), torch.device("meta"):
         nn.Linear(3, 4)
         nn.Embedding(3, 4)
     assert torch.equal(torch.rand(3), expected)
-
-
-def test_what_is_said_about_devices_inside_counts():
-    with OnMeta():
-        assert torch.get_default_device().type == "meta"
-        assert torch.zeros(2).is_meta
-        assert torch.zeros(2, device="cpu").tolist() == [0, 0]
-        with torch.device("cpu"):
-            torch.manual_seed(0)
-            inside = nn.Linear(3, 4).weight
-        assert torch.zeros(2).is_meta
-    torch.manual_seed(0)
-    assert torch.equal(inside, nn.Linear(3, 4).weight)
-    assert torch.get_default_device().type == "cpu"
 
 
 @pytest.mark.parametrize(
@@ -96,9 +71,6 @@ def test_what_torch_refuses_is_refused(draw):
             draw()
         with WithoutDrawing(), pytest.raises(expected.type) as caught:
             draw()
-    assert str(caught.value) == str(expected.value)
-    with OnMeta(), pytest.raises(expected.type) as caught:
-        draw()
     assert str(caught.value) == str(expected.value)
 
 

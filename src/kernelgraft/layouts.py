@@ -14,7 +14,7 @@ from torch import nn
 
 from kernelgraft.contents import Contents, joined
 from kernelgraft.errors import PlanError
-from kernelgraft.meta import OnMeta
+from kernelgraft.meta import WithoutDrawing
 from kernelgraft.recording import Arguments, Signatures, bind_arguments
 from kernelgraft.tree import shallow_tree, tensor_at
 
@@ -104,7 +104,7 @@ def make_layout(
     else:
         copies = []
         call = _Construction(layout, *_recorded(layout, type(members[0].module), arguments, signatures))
-    with torch.random.fork_rng(devices=[]), OnMeta():
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), WithoutDrawing():
         made = call.build()
     contents = Contents(made)
     origin = {id(tensor): f"{index}.{name}" for index, (_, named) in enumerate(copies) for name, tensor in named}

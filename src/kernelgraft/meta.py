@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import DeviceContext
 
 
 class WithoutDrawing(TorchFunctionMode):
@@ -26,38 +25,14 @@ class WithoutDrawing(TorchFunctionMode):
     ) -> Any:
         """Gives the tensor back undrawn, or goes on."""
         kwargs = kwargs or {}
-        if func in _DRAWS and (undrawn := _undrawn(func, kwargs)) is not None:
-            return undrawn
+        draws = _DRAWS.get(func)
+        if draws is not None and type(kwargs.get("tensor")) in (nn.Parameter, torch.Tensor):
+            tensor: torch.Tensor = kwargs["tensor"]
+            # Else each look at the tensor would go through the modes around this one.
+            with torch._C.DisableTorchFunction():
+                if tensor.is_meta and draws(**kwargs):
+                    return tensor
         return func(*args, **kwargs)
-
-
-class OnMeta(DeviceContext):
-    """`torch.device("meta")` and `WithoutDrawing` in one: a mode less on the way of each of a layer's many calls."""
-
-    def __init__(self) -> None:
-        super().__init__("meta")
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Gives the tensor back undrawn, or goes on with the device."""
-        if func in _DRAWS and (undrawn := _undrawn(func, kwargs or {})) is not None:
-            return undrawn
-        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-
-
-def _undrawn(draw: Callable[..., Any], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
-    """The tensor that `draw` would fill, if it is on meta and torch would not refuse the call."""
-    if type(kwargs.get("tensor")) not in (nn.Parameter, torch.Tensor):
-        return None
-    tensor: torch.Tensor = kwargs["tensor"]
-    # Else each look at the tensor would go through the modes around this one.
-    with torch._C.DisableTorchFunction():
-        return tensor if tensor.is_meta and _DRAWS[draw](**kwargs) else None
 
 
 def _uniform(*, a: object, b: object, **_: object) -> bool:
