@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from kernelgraft.kernels import few_tokens as op
 from kernelgraft.kernels import few_tokens_kernels as kernels
+from kernelgraft.kernels import one_token_kernels
 
 pytest.importorskip("triton")
 
@@ -81,20 +82,44 @@ def test_parts_of_the_rows_are_added_up(monkeypatch, dtype, splits):
 SIZES = [(6144, 1024), (1024, 3072), (24576, 4096), (4096, 12288), (28672, 8192), (8192, 28672), (151936, 1024)]
 
 
+@pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize(("num_columns", "length"), SIZES)
-def test_launches_fill_a_gpu(num_columns, length, itemsize):
-    for gated in (False, True):
-        for num_tokens in range(1, 65):
-            chosen = kernels.settings(num_tokens, num_columns, length, itemsize, gated, 132, True)
-            programs = chosen.num_programs or -(-num_columns // chosen.columns) * chosen.splits
-            assert programs >= (132 if num_tokens == 1 else 64)
-            rows = chosen.columns * (2 if gated else 1)
-            assert chosen.tokens >= num_tokens
-            assert chosen.length * itemsize >= 128
-            # A program fits; what the compiler takes is asked in test_hopper.py.
-            block = (rows + (0 if num_tokens == 1 else chosen.tokens)) * chosen.length * itemsize
-            assert chosen.num_stages == 1 or block * chosen.num_stages <= 220 << 10
+def test_launches_fill_a_gpu(num_columns, length, itemsize, gated):
+    gates = 2 if gated else 1
+    chosen = one_token_kernels.settings(num_columns, length, itemsize, gated, 132, True)
+    assert chosen.num_programs >= 132
+    assert chosen.num_stages == 1 or gates * chosen.columns * chosen.length * itemsize * chosen.num_stages <= 220 << 10
+    for num_tokens in range(2, 65):
+        chosen = kernels.settings(num_tokens, num_columns, length, itemsize, gated, 132, True)
+        assert -(-num_columns // chosen.columns) * chosen.splits >= 64
+        assert chosen.tokens >= num_tokens
+        assert chosen.length * itemsize >= 128
+        # A program fits; what the compiler takes is asked in test_hopper.py.
+        block = (gates * chosen.columns + chosen.tokens) * chosen.length * itemsize
+        assert block * chosen.num_stages <= 220 << 10
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_token_all_at_once_or_rows_on_their_way(monkeypatch, dtype, once):
+    """Also where the last rows are fewer than a program has at once, and some programs have none."""
+    real = one_token_kernels.settings
+
+    def changed(*given):
+        return dataclasses.replace(real(*given), columns=4, num_programs=11 if once else 3, num_stages=1 if once else 3)
+
+    monkeypatch.setattr(one_token_kernels, "settings", changed)
+    for columns, length, act, norm in (
+        (41, 100, "", True),
+        (41, 128, "gelu", False),
+        (42, 515, "silu", True),
+        (9, 16, "", False),
+    ):
+        drawn = operands((1,), columns, length, dtype, act, norm, bias=True, residual=True)
+        exact = op.reference(**widened(drawn))
+        close(op.product(**drawn), exact, dtype, terms=length, size=2.0 + exact.abs().amax())
 
 
 @pytest.mark.usefixtures("in_triton")

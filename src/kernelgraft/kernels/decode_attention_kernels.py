@@ -18,12 +18,96 @@ try:
     import triton
     import triton.language as tl
 
-    from .rotary_kernels import normed, turned
+    from .rotary_kernels import angles, normed, turned
 except ImportError:
     triton = None
 
 
 if triton is not None:
+
+    @triton.jit
+    def _block(
+        block, position, k_ptr, v_ptr, k_token, v_token, mask_ptr, mask_rows, has_mask, num_keys, columns, inside,
+        MASK: tl.constexpr, PER_HEAD: tl.constexpr, APPENDS: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr,
+    ):  # fmt: skip
+        """Keys and values of a block but for this token's, in halves, and what the mask says: truth, or a bias."""
+        keys = block * KEYS + tl.arange(0, KEYS)
+        at = keys.to(tl.int64)
+        seen = keys < num_keys
+        said = seen[None, :]
+        if MASK != 0:
+            # Nearly always one for all heads, and then read once and not for each query.
+            mask_at, asked = mask_ptr + at[None, :], said
+            if PER_HEAD:
+                mask_at += mask_rows[:, None]
+                asked = has_mask[:, None] & asked
+            if MASK == 1:
+                said = tl.load(mask_at, mask=asked, other=0) != 0
+                allowed = said
+            else:
+                said = tl.load(mask_at, mask=asked, other=float("-inf")).to(tl.float32)
+                allowed = said > float("-inf")
+            # What no query sees is not read: of a cache with room for more, only what is filled. All of a cache that
+            # grows is read, since it goes into the longer one.
+            if not APPENDS:
+                seen = tl.max(allowed.to(tl.int32), axis=0) > 0
+        read = (seen & (at != position))[:, None] & inside[None, :]
+        k_at = k_ptr + (at * k_token)[:, None] + columns[None, :]
+        v_at = v_ptr + (at * v_token)[:, None] + columns[None, :]
+        k_low, k_high = tl.load(k_at, mask=read, other=0.0), tl.load(k_at + HALF, mask=read, other=0.0)
+        v_low, v_high = tl.load(v_at, mask=read, other=0.0), tl.load(v_at + HALF, mask=read, other=0.0)
+        return k_low, k_high, v_low, v_high, said
+
+    @triton.jit
+    def _attended(
+        block, position, num_keys, q_low, q_high, k_low, k_high, v_low, v_high, said, new_k_low, new_k_high,
+        new_v_low, new_v_high, largest, denominator, low_total, high_total, k_ptr, v_ptr, k_token, v_token, scale,
+        columns, inside,
+        MASK: tl.constexpr, APPENDS: tl.constexpr, UPCAST: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr,
+    ):  # fmt: skip
+        """The running maxima, denominators and sums with one block more, which is written where it has to be."""
+        keys = block * KEYS + tl.arange(0, KEYS)
+        at = keys.to(tl.int64)
+        there, fresh = keys < num_keys, (at == position)[:, None]
+        allowed = said
+        if MASK == 2:
+            allowed = said > float("-inf")
+        k_low, k_high = tl.where(fresh, new_k_low, k_low), tl.where(fresh, new_k_high, k_high)
+        v_low, v_high = tl.where(fresh, new_v_low, v_low), tl.where(fresh, new_v_high, v_high)
+        written = there[:, None] & inside[None, :]
+        if not APPENDS:
+            written = written & fresh
+        to = k_ptr + (at * k_token)[:, None] + columns[None, :]
+        tl.store(to, k_low, mask=written)
+        tl.store(to + HALF, k_high, mask=written)
+        to = v_ptr + (at * v_token)[:, None] + columns[None, :]
+        tl.store(to, v_low, mask=written)
+        tl.store(to + HALF, v_high, mask=written)
+        # In base 2, which is what the hardware has.
+        if UPCAST:
+            scores = tl.dot(q_low.to(tl.float32), tl.trans(k_low.to(tl.float32)))
+            scores = tl.dot(q_high.to(tl.float32), tl.trans(k_high.to(tl.float32)), scores)
+        else:
+            scores = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
+            scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision="ieee")
+        scores = scores * (scale * 1.4426950408889634)
+        if MASK == 2:
+            scores += said * 1.4426950408889634
+        scores = tl.where(allowed, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, axis=1))
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        weights = tl.exp2(scores - shift[:, None])
+        kept = tl.exp2(largest - shift)
+        denominator = denominator * kept + tl.sum(weights, axis=1)
+        weights = weights.to(q_low.dtype)
+        low_total, high_total = low_total * kept[:, None], high_total * kept[:, None]
+        if UPCAST:
+            low_total += tl.dot(weights.to(tl.float32), v_low.to(tl.float32))
+            high_total += tl.dot(weights.to(tl.float32), v_high.to(tl.float32))
+        else:
+            low_total = tl.dot(weights, v_low, low_total, input_precision="ieee")
+            high_total = tl.dot(weights, v_high, high_total, input_precision="ieee")
+        return larger, denominator, low_total, high_total
 
     @triton.jit(do_not_specialize=["num_keys", "num_splits", "mask_batch", "mask_head"])
     def _decode_split(
@@ -33,7 +117,7 @@ if triton is not None:
         k_batch, k_head, k_token, v_batch, v_head, v_token, mask_batch, mask_head,
         MASK: tl.constexpr, PER_HEAD: tl.constexpr, APPENDS: tl.constexpr, NORMS: tl.constexpr, OFFSET: tl.constexpr,
         ROUNDS_FIRST: tl.constexpr, NORM_DTYPE: tl.constexpr, WHOLE: tl.constexpr, OVERLAPS: tl.constexpr,
-        UPCAST: tl.constexpr, LINE: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr,
+        UPCAST: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr,
         KEYS: tl.constexpr,
     ):  # fmt: skip
         batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
@@ -43,21 +127,23 @@ if triton is not None:
         old_v_ptr += batch * old_v_batch + kv_head * old_v_head
         if OVERLAPS:
             # The keys and values before this token are there already: the first come into the L2 cache meanwhile.
+            row_bytes: tl.constexpr = 2 * HALF * (old_k_ptr.dtype.element_ty.primitive_bitwidth // 8)
             early = tl.minimum(split * KEYS + tl.arange(0, KEYS), num_keys - 1 - APPENDS)
-            early = tl.maximum(early, 0).to(tl.int64)[:, None]
-            lines = tl.minimum(tl.arange(0, 2 * COLUMNS // LINE) * LINE, 2 * HALF - 1)[None, :]
-            overlap.prefetch(old_k_ptr + early * old_k_token + lines)
-            overlap.prefetch(old_v_ptr + early * old_v_token + lines)
+            early = tl.maximum(early, 0).to(tl.int64)
+            overlap.prefetch_rows(old_k_ptr + early * old_k_token, row_bytes, KEYS)
+            overlap.prefetch_rows(old_v_ptr + early * old_v_token, row_bytes, KEYS)
             overlap.wait()
         dtype = out_ptr.dtype.element_ty
         columns = tl.arange(0, COLUMNS)
         inside = columns < HALF
         queries = tl.arange(0, QUERIES)
-        rows = (queries < num_queries)[:, None] & inside[None, :]
+        has_query = queries < num_queries
+        rows = has_query[:, None] & inside[None, :]
         head = kv_head * num_queries + queries
         position = (num_keys - 1).to(tl.int64)
         if not APPENDS:
             position = tl.load(position_ptr).to(tl.int64)
+        # All that is read is on its way before any of it is looked at, but for what the mask leaves of the keys.
         qkv_ptr += batch * qkv_batch
         q_at = qkv_ptr + (head * (2 * HALF))[:, None] + columns[None, :]
         q_low, q_high = tl.load(q_at, mask=rows, other=0.0), tl.load(q_at + HALF, mask=rows, other=0.0)
@@ -68,17 +154,24 @@ if triton is not None:
         new_v_low = tl.load(new_at, mask=inside[None, :], other=0.0)
         new_v_high = tl.load(new_at + HALF, mask=inside[None, :], other=0.0)
         if NORMS:
-            low_scale = tl.load(q_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-            high_scale = tl.load(q_weight_ptr + HALF + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-            q_low, q_high = normed(q_low, q_high, low_scale, high_scale, eps, HALF, ROUNDS_FIRST, NORM_DTYPE)
-            low_scale = tl.load(k_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-            high_scale = tl.load(k_weight_ptr + HALF + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-            new_k_low, new_k_high = normed(
-                new_k_low, new_k_high, low_scale, high_scale, eps, HALF, ROUNDS_FIRST, NORM_DTYPE
-            )
+            q_low_scale = tl.load(q_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+            q_high_scale = tl.load(q_weight_ptr + HALF + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+            k_low_scale = tl.load(k_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+            k_high_scale = tl.load(k_weight_ptr + HALF + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
         cos_at, sin_at = cos_ptr + batch * cos_batch + columns[None, :], sin_ptr + batch * sin_batch + columns[None, :]
-        q_low, q_high = turned(q_low, q_high, cos_at, sin_at, inside[None, :], HALF, dtype)
-        new_k_low, new_k_high = turned(new_k_low, new_k_high, cos_at, sin_at, inside[None, :], HALF, dtype)
+        low_cos, high_cos, low_sin, high_sin = angles(cos_at, sin_at, inside[None, :], HALF)
+        mask_ptr += batch * mask_batch
+        k_low, k_high, v_low, v_high, said = _block(
+            split, position, old_k_ptr, old_v_ptr, old_k_token, old_v_token, mask_ptr, head * mask_head, has_query,
+            num_keys, columns, inside, MASK, PER_HEAD, APPENDS, HALF, KEYS,
+        )  # fmt: skip
+        if NORMS:
+            q_low, q_high = normed(q_low, q_high, q_low_scale, q_high_scale, eps, HALF, ROUNDS_FIRST, NORM_DTYPE)
+            new_k_low, new_k_high = normed(
+                new_k_low, new_k_high, k_low_scale, k_high_scale, eps, HALF, ROUNDS_FIRST, NORM_DTYPE
+            )
+        q_low, q_high = turned(q_low, q_high, low_cos, high_cos, low_sin, high_sin, dtype)
+        new_k_low, new_k_high = turned(new_k_low, new_k_high, low_cos, high_cos, low_sin, high_sin, dtype)
         q_low, q_high = q_low.to(dtype), q_high.to(dtype)
         new_k_low, new_k_high = new_k_low.to(dtype), new_k_high.to(dtype)
         k_ptr += batch * k_batch + kv_head * k_head
@@ -88,71 +181,21 @@ if triton is not None:
         low_total = tl.zeros([QUERIES, COLUMNS], tl.float32)
         high_total = tl.zeros([QUERIES, COLUMNS], tl.float32)
         # The splits take turns, so that each has its share of the keys that count, wherever they are.
-        for block in range(split, tl.cdiv(num_keys, KEYS), num_splits):
-            keys = block * KEYS + tl.arange(0, KEYS)
-            at = keys.to(tl.int64)
-            there, fresh = keys < num_keys, at == position
-            allowed, seen = there[None, :], there
-            if MASK != 0:
-                # Nearly always one for all heads, and then read once and not for each query.
-                mask_at = mask_ptr + batch * mask_batch + at[None, :]
-                asked = there[None, :]
-                if PER_HEAD:
-                    mask_at += (head * mask_head)[:, None]
-                    asked = (queries < num_queries)[:, None] & there[None, :]
-                if MASK == 1:
-                    allowed = tl.load(mask_at, mask=asked, other=0) != 0
-                else:
-                    bias = tl.load(mask_at, mask=asked, other=float("-inf")).to(tl.float32)
-                    allowed = bias > float("-inf")
-                # What no query sees is not read: of a cache with room for more, only what is filled.
-                seen = tl.max(allowed.to(tl.int32), axis=0) > 0
-            if APPENDS:  # all go into the longer cache
-                seen = there
-            read = (seen & (at != position))[:, None] & inside[None, :]
-            k_at = old_k_ptr + (at * old_k_token)[:, None] + columns[None, :]
-            v_at = old_v_ptr + (at * old_v_token)[:, None] + columns[None, :]
-            k_low, k_high = tl.load(k_at, mask=read, other=0.0), tl.load(k_at + HALF, mask=read, other=0.0)
-            v_low, v_high = tl.load(v_at, mask=read, other=0.0), tl.load(v_at + HALF, mask=read, other=0.0)
-            k_low = tl.where(fresh[:, None], new_k_low, k_low)
-            k_high = tl.where(fresh[:, None], new_k_high, k_high)
-            v_low = tl.where(fresh[:, None], new_v_low, v_low)
-            v_high = tl.where(fresh[:, None], new_v_high, v_high)
-            written = fresh & there
-            if APPENDS:
-                written = there
-            written = written[:, None] & inside[None, :]
-            to = k_ptr + (at * k_token)[:, None] + columns[None, :]
-            tl.store(to, k_low, mask=written)
-            tl.store(to + HALF, k_high, mask=written)
-            to = v_ptr + (at * v_token)[:, None] + columns[None, :]
-            tl.store(to, v_low, mask=written)
-            tl.store(to + HALF, v_high, mask=written)
-            # In base 2, which is what the hardware has.
-            if UPCAST:
-                scores = tl.dot(q_low.to(tl.float32), tl.trans(k_low.to(tl.float32)))
-                scores = tl.dot(q_high.to(tl.float32), tl.trans(k_high.to(tl.float32)), scores)
-            else:
-                scores = tl.dot(q_low, tl.trans(k_low), input_precision="ieee")
-                scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision="ieee")
-            scores = scores * (scale * 1.4426950408889634)
-            if MASK == 2:
-                scores += bias * 1.4426950408889634
-            scores = tl.where(allowed, scores, float("-inf"))
-            larger = tl.maximum(largest, tl.max(scores, axis=1))
-            shift = tl.where(larger == float("-inf"), 0.0, larger)
-            weights = tl.exp2(scores - shift[:, None])
-            kept = tl.exp2(largest - shift)
-            denominator = denominator * kept + tl.sum(weights, axis=1)
-            weights = weights.to(dtype)
-            low_total, high_total = low_total * kept[:, None], high_total * kept[:, None]
-            if UPCAST:
-                low_total += tl.dot(weights.to(tl.float32), v_low.to(tl.float32))
-                high_total += tl.dot(weights.to(tl.float32), v_high.to(tl.float32))
-            else:
-                low_total = tl.dot(weights, v_low, low_total, input_precision="ieee")
-                high_total = tl.dot(weights, v_high, high_total, input_precision="ieee")
-            largest = larger
+        largest, denominator, low_total, high_total = _attended(
+            split, position, num_keys, q_low, q_high, k_low, k_high, v_low, v_high, said, new_k_low, new_k_high,
+            new_v_low, new_v_high, largest, denominator, low_total, high_total, k_ptr, v_ptr, k_token, v_token, scale,
+            columns, inside, MASK, APPENDS, UPCAST, HALF, KEYS,
+        )  # fmt: skip
+        for block in range(split + num_splits, tl.cdiv(num_keys, KEYS), num_splits):
+            k_low, k_high, v_low, v_high, said = _block(
+                block, position, old_k_ptr, old_v_ptr, old_k_token, old_v_token, mask_ptr, head * mask_head, has_query,
+                num_keys, columns, inside, MASK, PER_HEAD, APPENDS, HALF, KEYS,
+            )  # fmt: skip
+            largest, denominator, low_total, high_total = _attended(
+                block, position, num_keys, q_low, q_high, k_low, k_high, v_low, v_high, said, new_k_low, new_k_high,
+                new_v_low, new_v_high, largest, denominator, low_total, high_total, k_ptr, v_ptr, k_token, v_token,
+                scale, columns, inside, MASK, APPENDS, UPCAST, HALF, KEYS,
+            )  # fmt: skip
         if not APPENDS:
             # Behind the cache's end there is no place for the token: as where the rotation writes, nothing is right.
             over = position >= num_keys
@@ -193,14 +236,13 @@ def _launches(
     """
     batch, num_heads, num_kv_heads, dim = heads
     num_queries, pairs, itemsize = num_heads // num_kv_heads, batch * num_kv_heads, dtype.itemsize
-    num_blocks = -(-num_keys // one_token_attention.keys_at_once(dim, itemsize))
-    chosen = choose(pairs, num_blocks, dim, itemsize, device.num_multiprocessors(of))
+    chosen = choose(pairs, num_keys, dim, itemsize, device.num_multiprocessors(of))
     splits, columns, overlaps = chosen.num_splits, triton.next_power_of_2(dim // 2), overlap.overlaps(of)
     eps, offset, rounds_first = norm or (0.0, 0.0, True)
     values = (
         num_kv_heads, num_queries, num_keys, splits, scale, eps, *strides,
         mask_kind, strides[-1] != 0, appends, norm is not None, offset, rounds_first, TRITON_DTYPES[norm_dtype],
-        splits == 1, overlaps, device.INTERPRETED, min(overlap.CACHE_LINE // itemsize, 2 * columns), dim // 2, columns,
+        splits == 1, overlaps, device.INTERPRETED, dim // 2, columns,
         # The matrix units take 16 rows at least; with fewer queries the rest are zeros.
         max(16, triton.next_power_of_2(num_queries)), chosen.keys,
     )  # fmt: skip

@@ -15,6 +15,9 @@ except ImportError:  # a build of torch for CPUs comes without it
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the Triton kernels take. In all of them sums are in float32."""
 
+SHARED_MEMORY = 220 << 10
+"""Bytes that all programs on a multiprocessor of an H100 or H200 can have."""
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 

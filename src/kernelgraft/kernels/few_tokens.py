@@ -2,7 +2,7 @@
 
 y = e(n(x) @ weight^T + bias) + residual, n an RMS norm or nothing, e a gated activation or nothing. Each program has
 some rows of the weight to itself and reads them once. What the original rounds between two modules is rounded here too.
-The kernels are in `few_tokens_kernels`.
+The kernels are in `one_token_kernels` and `few_tokens_kernels`.
 
 Shapes: x (..., K), weight (N, K), or (2 N, K) with the gate's rows first; bias as the rows of weight; residual and
 y (..., N); M tokens, all dimensions of x but the last.
@@ -12,7 +12,8 @@ import torch
 from torch.nn import functional as F
 
 from . import activation, device, rms_norm
-from .few_tokens_kernels import Norm, launch
+from .few_tokens_kernels import launch
+from .product_parts import Norm
 
 __all__ = ["MAX_TOKENS", "Norm", "launch", "product", "reference", "taken", "takes"]
 

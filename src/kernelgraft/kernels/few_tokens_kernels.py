@@ -1,130 +1,36 @@
-"""The Triton kernels of products for few tokens; see `few_tokens`, which calls them, for the formula and the shapes.
+"""The Triton kernels of products for some tokens; see `few_tokens` for the formula and the shapes.
 
-With one token each program goes through rows of the weight, with x, normalized, in its registers. With some tokens it
-has some rows to itself, or a part of their length, and then a second kernel adds up the parts. The weight is read once,
-with several loads on their way. What the original rounds between two modules is rounded here too.
+Each program has some rows of the weight to itself, or a part of their length, and then a second kernel adds up the
+parts. The weight is read once, with several loads on their way. One token has a kernel of its own, `one_token_kernels`.
 """
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from . import device, overlap, rms_norm_kernels
+from . import device, one_token_kernels, overlap, rms_norm_kernels
 from .launching import REMEMBERED, Launch
+from .product_parts import Norm
 
 try:
     import triton
     import triton.language as tl
 
-    from .activation import activated
+    from .product_parts import beside, finished, normalized
 except ImportError:
     triton = None
 
 NORMED_TOKENS = 4
 """Up to so many tokens each program normalizes for itself: it then reads all of x twice. To be measured."""
 
-_SHARED_MEMORY = 220 << 10
-"""Bytes that all programs on a multiprocessor of an H100 or H200 can have."""
-
 _ADDED_COLUMNS = 512
 """Columns of one program that adds up parts. To be measured."""
 
 
-class Norm(NamedTuple):
-    """An RMS norm in front of a product; see `rms_norm`."""
-
-    weight: torch.Tensor
-    eps: float
-    offset: float = 0.0
-    rounds_first: bool = True
-
-
 if triton is not None:
-
-    @triton.jit
-    def _normalized(x, scale, rstd, OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr):
-        """In the dtype of x, as the norm's own kernel gives it."""
-        y = x.to(tl.float32) * rstd
-        if ROUNDS_FIRST:
-            y = y.to(x.dtype).to(tl.float32)
-        return (y * (scale.to(tl.float32) + OFFSET)).to(x.dtype)
-
-    @triton.jit
-    def _beside(bias_ptr, residual_ptr, at, columns, inside, there, num_columns,
-                ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr):  # fmt: skip
-        """The biases of the columns, of the gate first, and the residual; where there is none, nothing is loaded.
-
-        `at` and `there` are of the block of y, `columns` and `inside` of its columns.
-        """
-        gate_bias, bias, residual = 0.0, 0.0, 0.0
-        if BIAS:
-            bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-            if ACTIVATION != "":
-                gate_bias = bias
-                bias = tl.load(bias_ptr + num_columns + columns, mask=inside, other=0.0).to(tl.float32)
-        if ADDS:
-            residual = tl.load(residual_ptr + at, mask=there, other=0.0).to(tl.float32)
-        return gate_bias, bias, residual
-
-    @triton.jit
-    def _finished(sums, gates, gate_bias, bias, residual, DTYPE: tl.constexpr,
-                  ACTIVATION: tl.constexpr, ADDS: tl.constexpr):  # fmt: skip
-        """Bias, activation and residual, each rounded to the dtype, in which the original has it in memory."""
-        y = sums + bias
-        if ACTIVATION != "":
-            acted = activated((gates + gate_bias).to(DTYPE).to(tl.float32), ACTIVATION).to(DTYPE)
-            y = acted.to(tl.float32) * y.to(DTYPE).to(tl.float32)
-        if ADDS:
-            y = y.to(DTYPE).to(tl.float32) + residual
-        return y.to(DTYPE)
-
-    @triton.jit
-    def _one_token(
-        x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, num_columns, length, weight_stride, eps,
-        OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
-        BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, EVEN: tl.constexpr,
-        COLUMNS: tl.constexpr, LENGTH: tl.constexpr, AHEAD: tl.constexpr, LINE: tl.constexpr, STAGES: tl.constexpr,
-    ):  # fmt: skip
-        first, step = tl.program_id(0), tl.num_programs(0)
-        at = tl.arange(0, LENGTH)
-        if OVERLAPS:
-            # While the program waits, and sums up the squares, its first rows come into the L2 cache.
-            lines = tl.minimum(tl.arange(0, LENGTH // LINE) * LINE, length - 1)[None, :]
-            for early in tl.static_range(AHEAD):
-                columns = tl.minimum((first + early * step) * COLUMNS + tl.arange(0, COLUMNS), num_columns - 1)
-                overlap.prefetch(weight_ptr + columns.to(tl.int64)[:, None] * weight_stride + lines)
-                if ACTIVATION != "":
-                    overlap.prefetch(weight_ptr + (columns + num_columns).to(tl.int64)[:, None] * weight_stride + lines)
-            overlap.wait()
-        x = tl.load(x_ptr + at, mask=at < length, other=0.0)
-        if NORM:
-            x_fp32 = x.to(tl.float32)
-            rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=0) / length + eps)
-            x = _normalized(x, tl.load(scale_ptr + at, mask=at < length, other=0.0), rstd, OFFSET, ROUNDS_FIRST)
-        x_fp32 = x.to(tl.float32)[None, :]
-        for tile in tl.range(first, tl.cdiv(num_columns, COLUMNS), step, num_stages=STAGES):
-            columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-            inside = columns < num_columns
-            there = inside[:, None]
-            if not EVEN:
-                there = there & (at < length)[None, :]
-            # Here, so that it is on its way with the weight.
-            gate_bias, bias, residual = _beside(
-                bias_ptr, residual_ptr, columns, columns, inside, inside, num_columns, ACTIVATION, BIAS, ADDS
-            )
-            rows = columns.to(tl.int64)[:, None] * weight_stride + at[None, :]
-            weight = tl.load(weight_ptr + rows, mask=there, other=0.0)
-            sums = tl.sum(weight.to(tl.float32) * x_fp32, axis=1)
-            gates = sums
-            if ACTIVATION != "":
-                rows = (columns + num_columns).to(tl.int64)[:, None] * weight_stride + at[None, :]
-                up = tl.load(weight_ptr + rows, mask=there, other=0.0)
-                sums = tl.sum(up.to(tl.float32) * x_fp32, axis=1)
-            y = _finished(sums, gates, gate_bias, bias, residual, y_ptr.dtype.element_ty, ACTIVATION, ADDS)
-            tl.store(y_ptr + columns, y, mask=inside)
 
     @triton.jit
     def _dot(x, weight, sums, UPCAST: tl.constexpr):
@@ -139,7 +45,7 @@ if triton is not None:
         OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
         BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, EVEN: tl.constexpr,
         TOKENS: tl.constexpr, COLUMNS: tl.constexpr, LENGTH: tl.constexpr, SPLITS: tl.constexpr, AHEAD: tl.constexpr,
-        LINE: tl.constexpr, STAGES: tl.constexpr, UPCAST: tl.constexpr,
+        STAGES: tl.constexpr, UPCAST: tl.constexpr,
     ):  # fmt: skip
         columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
         inside = columns < num_columns
@@ -154,12 +60,17 @@ if triton is not None:
             first = tl.program_id(1) * part
             last = tl.minimum(first + part, length)
         if OVERLAPS:
-            # What a product reads of shared memory is stored there as soon as it is loaded, so the first blocks of the
-            # weight go to the L2 cache only while the program waits, and sums up the squares.
-            ahead = tl.minimum(first + tl.arange(0, LENGTH * AHEAD // LINE) * LINE, length - 1)[:, None]
-            overlap.prefetch(weight_ptr + tl.where(inside[None, :], rows, 0) + ahead)
-            if ACTIVATION != "":
-                overlap.prefetch(weight_ptr + tl.where(inside[None, :], up_rows, 0) + ahead)
+            if AHEAD:
+                # What a product reads of shared memory is stored there as soon as it is loaded, so the first blocks of
+                # the weight go to the L2 cache only while the program waits, and sums up the squares.
+                itemsize: tl.constexpr = weight_ptr.dtype.element_ty.primitive_bitwidth // 8
+                num_bytes = tl.minimum(LENGTH * AHEAD, last - first) * itemsize
+                early = tl.minimum(columns, num_columns - 1).to(tl.int64)
+                overlap.prefetch_rows(weight_ptr + early * weight_stride + first, num_bytes, COLUMNS)
+                if ACTIVATION != "":
+                    overlap.prefetch_rows(
+                        weight_ptr + (early + num_columns) * weight_stride + first, num_bytes, COLUMNS
+                    )
             overlap.wait()
         rstd = tl.zeros([TOKENS], tl.float32)
         if NORM:
@@ -182,7 +93,7 @@ if triton is not None:
             weight = tl.load(weight_ptr + rows + at[:, None], mask=there, other=0.0)
             if NORM:
                 scale = tl.load(scale_ptr + at, mask=at < length, other=0.0)[None, :]
-                x = _normalized(x, scale, rstd[:, None], OFFSET, ROUNDS_FIRST)
+                x = normalized(x, scale, rstd[:, None], OFFSET, ROUNDS_FIRST)
             if ACTIVATION != "":
                 gates = _dot(x, weight, gates, UPCAST)
                 weight = tl.load(weight_ptr + up_rows + at[:, None], mask=there, other=0.0)
@@ -196,11 +107,11 @@ if triton is not None:
                 tl.store(y_ptr + row + num_columns + columns[None, :], gates, mask=there)
         else:
             to = tokens.to(tl.int64)[:, None] * num_columns + columns[None, :]
-            gate_bias, bias, residual = _beside(
+            gate_bias, bias, residual = beside(
                 bias_ptr, residual_ptr, to, columns[None, :], inside[None, :], there, num_columns,
                 ACTIVATION, BIAS, ADDS,
             )  # fmt: skip
-            y = _finished(sums, gates, gate_bias, bias, residual, y_ptr.dtype.element_ty, ACTIVATION, ADDS)
+            y = finished(sums, gates, gate_bias, bias, residual, y_ptr.dtype.element_ty, ACTIVATION, ADDS)
             tl.store(y_ptr + to, y, mask=there)
 
     @triton.jit
@@ -217,7 +128,7 @@ if triton is not None:
         inside = columns < num_columns
         WIDTH: tl.constexpr = 2 if ACTIVATION != "" else 1
         to = token.to(tl.int64) * num_columns + columns
-        gate_bias, bias, residual = _beside(
+        gate_bias, bias, residual = beside(
             bias_ptr, residual_ptr, to, columns, inside, inside, num_columns, ACTIVATION, BIAS, ADDS
         )
         sums = tl.zeros([BLOCK], tl.float32)
@@ -227,7 +138,7 @@ if triton is not None:
             sums += tl.load(row_ptr + columns, mask=inside, other=0.0)
             if ACTIVATION != "":
                 gates += tl.load(row_ptr + num_columns + columns, mask=inside, other=0.0)
-        y = _finished(sums, gates, gate_bias, bias, residual, y_ptr.dtype.element_ty, ACTIVATION, ADDS)
+        y = finished(sums, gates, gate_bias, bias, residual, y_ptr.dtype.element_ty, ACTIVATION, ADDS)
         tl.store(y_ptr + to, y, mask=inside)
 
 
@@ -236,14 +147,13 @@ class Settings:
     """How a kernel is launched.
 
     Attributes:
-        tokens: The power of two that holds the tokens; 1 for the kernel of one token.
+        tokens: The power of two that holds the tokens.
         columns: Columns of y of one program, so rows of the weight.
         length: Numbers of each row that it has at once.
-        splits: Programs that have a part each of the same rows; 1 for the kernel of one token.
+        splits: Programs that have a part each of the same rows.
         num_warps: Its warps.
         num_stages: Blocks of the weight that are on their way.
-        num_programs: Programs that share the columns; 0 for the kernel of some tokens, where each has its own.
-        ahead: Blocks of the weight that go to the L2 cache while it waits for the kernel in front, a power of two.
+        ahead: Blocks of the weight that go to the L2 cache while it waits for the kernel in front.
         overlaps: Whether it starts before the kernel in front has ended (programmatic dependent launch).
     """
 
@@ -253,7 +163,6 @@ class Settings:
     splits: int
     num_warps: int
     num_stages: int
-    num_programs: int
     ahead: int
     overlaps: bool
 
@@ -264,22 +173,10 @@ def settings(
 ) -> Settings:
     """The launch for so many tokens; a pure function of its arguments.
 
-    `overlaps` says whether the device can. Chosen on an H200 in bfloat16 (torch 2.11, Triton 3.6, 2026-11-28,
-    `benchmarks.kernels.sweep`), with H 4096, I 12288 and H 1024, I 3072.
+    `overlaps` says whether the device can. Chosen on an H200 in bfloat16 (torch 2.11, Triton 3.6, 2026-11-28), with
+    H 4096, I 12288 and H 1024, I 3072.
     """
     gates = 2 if gated else 1
-    if num_tokens == 1:
-        # One row at once, and 16 loads of 16 bytes for two threads of it, was best for all four; two rows or half the
-        # warps cost 2 to 10 %. Three blocks on their way: with two 10 % more, with four a few per cent.
-        run = triton.next_power_of_2(max(length, 1))
-        columns = max(1, 2048 // (run * itemsize))
-        block = columns * run * itemsize
-        num_warps = max(1, min(block // 2048, 16))
-        num_stages = max(1, min(3, _SHARED_MEMORY // (gates * block)))
-        # 8 programs a multiprocessor for blocks of 4 KB, 3 for 16 KB, 2 for 32 KB.
-        resident = max(1, min(8, triton.cdiv(40960, gates * block), _SHARED_MEMORY // (num_stages * gates * block)))
-        num_programs = min(triton.cdiv(num_columns, columns), resident * num_multiprocessors)
-        return Settings(1, columns, run, 1, num_warps, num_stages, num_programs, 1, overlaps)
     # Beside its rows each program reads as much of x for each token as of the weight for each row, through the same
     # cache: with two rows for each token it is half as much as of the weight, with 16 rows for 32 tokens twice as much.
     tokens = max(16, triton.next_power_of_2(num_tokens))
@@ -291,20 +188,21 @@ def settings(
         # A program for each multiprocessor, with all of its shared memory: 32 tokens, H 4096, I 12288 28.9 us, in two
         # parts of 64 rows 30.6.
         run = min(512 // itemsize, max(triton.next_power_of_2(length), 16))
-        num_stages = max(2, min(6, _SHARED_MEMORY // ((tokens + 32) * run * itemsize)))
-        return Settings(tokens, 32, run, 1, 4, num_stages, 0, 1, overlaps)
+        num_stages = max(2, min(6, device.SHARED_MEMORY // ((tokens + 32) * run * itemsize)))
+        return Settings(tokens, 32, run, 1, 4, num_stages, 1, overlaps)
     rows, fewest = 128, max(16, triton.next_power_of_2(2 * num_tokens))
     while rows > fewest and triton.cdiv(num_columns, rows // gates) < num_multiprocessors:
         rows //= 2
-    # 16 KB in a block, and whole cache lines.
-    run = min(
-        max(16384 // (rows * itemsize), 128 // itemsize), 512 // itemsize, max(triton.next_power_of_2(length), 16)
-    )
+    # 16 KB in a block, and of gated ones two cache lines of each row: 32 tokens, H 4096, I 12288 in a graph with the
+    # product behind it 79.7 us, with one line and a block more on its way 82.2, with four lines and a block less 84.4.
+    lines = 128 * gates // itemsize
+    run = min(max(16384 // (rows * itemsize), lines), 512 // itemsize, max(triton.next_power_of_2(length), 16))
     # To add up parts is a launch more, so not before half of the multiprocessors would have nothing to do.
     splits, programs = 1, triton.cdiv(num_columns, rows // gates)
     while 2 * splits * programs <= num_multiprocessors and splits < 8 and length >= 4 * splits * run:
         splits *= 2
-    return Settings(tokens, rows // gates, run, splits, 4, 4, 0, 4, overlaps)
+    num_stages = 3 if rows * run * itemsize > 16384 else 4
+    return Settings(tokens, rows // gates, run, splits, 4, num_stages, 1, overlaps)
 
 
 @functools.lru_cache(REMEMBERED, typed=True)
@@ -329,27 +227,19 @@ def _launches(
     chosen = choose(
         num_tokens, num_columns, length, itemsize, bool(act), device.num_multiprocessors(of), overlaps
     )  # fmt: skip
-    options = {"num_warps": chosen.num_warps, **overlap.options(chosen.overlaps)}
-    eps, offset, rounds_first = kind or (0.0, 0.0, True)
-    has = (kind is not None, act, bias, adds)
-    flags = (offset, rounds_first, *has, chosen.overlaps, length % chosen.length == 0)
-    line, splits = overlap.CACHE_LINE // itemsize, chosen.splits
-    values: tuple[Any, ...]
-    if num_tokens == 1:
-        values = (
-            num_columns, length, strides[1], eps, *flags, chosen.columns, chosen.length, chosen.ahead,
-            min(line, chosen.length), chosen.num_stages,
-        )  # fmt: skip
-        return Launch(_one_token, (chosen.num_programs,), values, **options), None, 1
-    values = (
-        num_tokens, num_columns, length, *strides, eps, *flags, chosen.tokens, chosen.columns, chosen.length, splits,
-        chosen.ahead, line, chosen.num_stages, device.INTERPRETED,
+    options, splits = {"num_warps": chosen.num_warps, **overlap.options(chosen.overlaps)}, chosen.splits
+    eps, *rest = kind or (0.0, 0.0, True)
+    has = (act, bias, adds)
+    values: tuple[Any, ...] = (
+        num_tokens, num_columns, length, *strides, eps, *rest, kind is not None, *has, chosen.overlaps,
+        length % chosen.length == 0, chosen.tokens, chosen.columns, chosen.length, splits, chosen.ahead,
+        chosen.num_stages, device.INTERPRETED,
     )  # fmt: skip
     product = Launch(_some_tokens, (triton.cdiv(num_columns, chosen.columns), splits), values, **options)
     if splits == 1:
         return product, None, 1
     num_blocks = triton.cdiv(num_columns, _ADDED_COLUMNS)
-    values = (num_tokens, num_columns, num_blocks, *has[1:], chosen.overlaps, splits, _ADDED_COLUMNS)
+    values = (num_tokens, num_columns, num_blocks, *has, chosen.overlaps, splits, _ADDED_COLUMNS)
     return product, Launch(_add_splits, (num_tokens * num_blocks,), values, **options), splits
 
 
@@ -379,17 +269,25 @@ def launch(
         rows = rms_norm_kernels.launch(rows, None, norm.weight, norm.eps, norm.offset, norm.rounds_first, False)[0]
         norm, stride = None, length
     kind = None if norm is None else (norm.eps, norm.offset, norm.rounds_first)
-    product, added, splits = _launches(
-        settings, x.device, x.dtype, num_tokens, num_columns, length, (stride, weight.stride(0)), kind, act,
-        bias is not None, residual is not None,
-    )  # fmt: skip
-    out = y
-    if added is not None:
-        width = num_columns * 2 if act else num_columns
-        out = torch.empty(splits, num_tokens, width, dtype=torch.float32, device=x.device)
+    # Where there is none, a pointer that is there stands for it.
+    scale = rows if norm is None else norm.weight.contiguous()
+    behind = (act, bias is not None, residual is not None)
     bias = weight if bias is None else bias.contiguous()
     residual = y if residual is None else residual.contiguous()
-    product(rows, weight, bias, rows if norm is None else norm.weight.contiguous(), residual, out)
-    if added is not None:
-        added(out, bias, residual, y)
+    if num_tokens == 1:
+        product = one_token_kernels.launching(
+            one_token_kernels.settings, x.device, x.dtype, num_columns, length, weight.stride(0), kind, *behind
+        )
+        product(rows, weight, bias, scale, residual, y)
+        return y
+    product, added, splits = _launches(
+        settings, x.device, x.dtype, num_tokens, num_columns, length, (stride, weight.stride(0)), kind, *behind
+    )
+    if added is None:
+        product(rows, weight, bias, scale, residual, y)
+        return y
+    width = num_columns * 2 if act else num_columns
+    parts = torch.empty(splits, num_tokens, width, dtype=torch.float32, device=x.device)
+    product(rows, weight, bias, scale, residual, parts)
+    added(parts, bias, residual, y)
     return y

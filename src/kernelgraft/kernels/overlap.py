@@ -19,27 +19,46 @@ try:
 except ImportError:
     triton = None
 
-CACHE_LINE = 128
-"""Bytes that a prefetch fetches."""
-
-
 if triton is not None:
 
     @triton.jit
-    def wait():
+    def wait(LATE: tl.constexpr = False):
         """Until the kernel in front has ended; then the one behind may start, and wait in turn.
 
-        In this order, so that all that ran before the kernel in front is done when the one behind starts.
+        In this order, so that all that ran before the kernel in front is done when the one behind starts. A kernel
+        that has it start `LATE` calls `release` itself, when its work is nearly done.
         """
         tl.extra.cuda.gdc_wait()
+        if not LATE:
+            tl.extra.cuda.gdc_launch_dependents()
+
+    @triton.jit
+    def release():
+        """The kernel behind may start."""
         tl.extra.cuda.gdc_launch_dependents()
 
     @triton.jit
-    def prefetch(lines):
-        """Have the cache lines at these addresses fetched into the L2 cache."""
+    def prefetch_rows(at, num_bytes, COUNT: tl.constexpr):
+        """Have so many bytes from each of `COUNT` addresses on fetched into the L2 cache.
+
+        One instruction for each row: one for each cache line came to half the memory's rate, and kept the loads behind
+        it waiting. It starts and ends where 16 bytes do, so a row may lack its last few.
+        """
+        at = at.to(tl.int64) & -16
         tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; // $0", "=r,l", [lines.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-        )
+            """
+            {
+                .reg .pred some, mine;
+                .reg .u32 thread;
+                mov.u32 thread, %tid.x;
+                setp.gt.s32 some, $2, 0;
+                setp.lt.and.u32 mine, thread, $3, some;
+                @mine cp.async.bulk.prefetch.L2.global [$1], $2;
+                mov.u32 $0, thread;
+            }
+            """,
+            "=r,l,r,r", [at, num_bytes & -16, COUNT], dtype=tl.int32, is_pure=False, pack=1,
+        )  # fmt: skip
 
 
 @functools.cache

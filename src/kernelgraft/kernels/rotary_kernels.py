@@ -47,12 +47,17 @@ if triton is not None:
         return (low_fp32 * low_scale[None, :]).to(DTYPE), (high_fp32 * high_scale[None, :]).to(DTYPE)
 
     @triton.jit
-    def turned(low, high, cos_at, sin_at, mask, HALF: tl.constexpr, DTYPE: tl.constexpr):
-        """Rows of heads, as two halves, each rotated by the angles at these addresses."""
+    def angles(cos_at, sin_at, mask, HALF: tl.constexpr):
+        """The cosines and sines of both halves at these addresses, in float32."""
         low_cos = tl.load(cos_at, mask=mask, other=0.0).to(tl.float32)
         high_cos = tl.load(cos_at + HALF, mask=mask, other=0.0).to(tl.float32)
         low_sin = tl.load(sin_at, mask=mask, other=0.0).to(tl.float32)
         high_sin = tl.load(sin_at + HALF, mask=mask, other=0.0).to(tl.float32)
+        return low_cos, high_cos, low_sin, high_sin
+
+    @triton.jit
+    def turned(low, high, low_cos, high_cos, low_sin, high_sin, DTYPE: tl.constexpr):
+        """Rows of heads, as two halves, each rotated by `angles`."""
         low_fp32, high_fp32 = low.to(tl.float32), high.to(tl.float32)
         # Each product is a tensor of the model's dtype there, so each is rounded.
         low_turned = (low_fp32 * low_cos).to(DTYPE).to(tl.float32)
@@ -87,7 +92,8 @@ if triton is not None:
                 cos_at = (batch * cos_batch + token * cos_token)[:, None] + columns[None, :]
                 sin_at = (batch * sin_batch + token * sin_token)[:, None] + columns[None, :]
                 dtype = out_ptr.dtype.element_ty
-                low, high = turned(low, high, cos_ptr + cos_at, sin_ptr + sin_at, mask, HALF, dtype)
+                low_cos, high_cos, low_sin, high_sin = angles(cos_ptr + cos_at, sin_ptr + sin_at, mask, HALF)
+                low, high = turned(low, high, low_cos, high_cos, low_sin, high_sin, dtype)
             slot = token
             if STORES:
                 slot = token + position
