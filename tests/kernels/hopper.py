@@ -83,6 +83,9 @@ def launch_all():
     for tokens in (1, 4, 32):
         few_tokens.launch(x[:tokens], up, None, norm, "silu", None)
         few_tokens.launch(empty(tokens, 3072), down, empty(1024), None, "", x[:tokens])
+    ptx = compiled["_one_token"][0]
+    assert ptx.index("cp.async.bulk.prefetch.L2") < ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+    assert ptx.rindex("ld.global") < ptx.index("shfl.sync"), "a row is not on its way before x is looked at"
     few_tokens.launch(x[:8].float(), up.float(), None, None, "gelu", None)
     launch_products()
     qkv, cos, head = empty(2, 3, 8 * 128), empty(1, 3, 128), empty(128)
