@@ -18,6 +18,7 @@ try:
     import triton
     import triton.language as tl
 
+    from .one_token_attention import weighed
     from .rotary_kernels import angles, normed, turned
 except ImportError:
     triton = None
@@ -93,12 +94,7 @@ if triton is not None:
         scores = scores * (scale * 1.4426950408889634)
         if MASK == 2:
             scores += said * 1.4426950408889634
-        scores = tl.where(allowed, scores, float("-inf"))
-        larger = tl.maximum(largest, tl.max(scores, axis=1))
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        weights = tl.exp2(scores - shift[:, None])
-        kept = tl.exp2(largest - shift)
-        denominator = denominator * kept + tl.sum(weights, axis=1)
+        weights, kept, largest, denominator = weighed(scores, allowed, largest, denominator)
         weights = weights.to(q_low.dtype)
         low_total, high_total = low_total * kept[:, None], high_total * kept[:, None]
         if UPCAST:
@@ -107,7 +103,7 @@ if triton is not None:
         else:
             low_total = tl.dot(weights, v_low, low_total, input_precision="ieee")
             high_total = tl.dot(weights, v_high, high_total, input_precision="ieee")
-        return larger, denominator, low_total, high_total
+        return largest, denominator, low_total, high_total
 
     @triton.jit(do_not_specialize=["num_keys", "num_splits", "mask_batch", "mask_head"])
     def _decode_split(

@@ -29,6 +29,19 @@ MAX_SPLITS = 64
 
 if triton is not None:
 
+    @triton.jit
+    def weighed(scores, allowed, largest, denominator):
+        """A block more of a softmax, of scores in base 2.
+
+        Gives the block's weights, what is left of the sums so far, and the new maxima and denominators.
+        """
+        scores = tl.where(allowed, scores, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, axis=1))
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        weights = tl.exp2(scores - shift[:, None])
+        kept = tl.exp2(largest - shift)
+        return weights, kept, larger, denominator * kept + tl.sum(weights, axis=1)
+
     @triton.jit(do_not_specialize=["num_keys", "num_splits", "window", "mask_batch", "mask_head"])
     def _attend_split(
         q_ptr, k_ptr, v_ptr, mask_ptr, length_ptr, out_ptr, sums_ptr, stats_ptr,
@@ -90,17 +103,11 @@ if triton is not None:
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
             if MASK == 2:
                 scores += bias * 1.4426950408889634
-            scores = tl.where(allowed, scores, float("-inf"))
-            larger = tl.maximum(largest, tl.max(scores, axis=1))
-            shift = tl.where(larger == float("-inf"), 0.0, larger)
-            weights = tl.exp2(scores - shift[:, None])
-            kept = tl.exp2(largest - shift)
-            denominator = denominator * kept + tl.sum(weights, axis=1)
+            weights, kept, largest, denominator = weighed(scores, allowed, largest, denominator)
             if UPCAST:
                 total = total * kept[:, None] + tl.dot(weights.to(v.dtype).to(tl.float32), v.to(tl.float32))
             else:
                 total = tl.dot(weights.to(v.dtype), v, total * kept[:, None], input_precision="ieee")
-            largest = larger
         out_row = batch * num_kv_heads * num_queries + head
         if WHOLE:
             total = total / tl.where(denominator == 0, 1.0, denominator)[:, None]

@@ -1,0 +1,24 @@
+"""Runs on a GPU what `hopper.py` compiles, and the loss, for NVIDIA's sanitizer to look on.
+
+PYTHONPATH=src compute-sanitizer --error-exitcode 1 python tests/kernels/sanitized.py
+"""
+
+import hopper
+import torch
+
+from kernelgraft.kernels import cross_entropy
+
+
+def main():
+    hopper.DEVICE = "cuda"
+    for _ in range(2):  # the second launches are those that are looked up
+        hopper.launch_all()
+        hidden, weight = hopper.empty(70, 64).requires_grad_(), hopper.empty(1001, 64).requires_grad_()
+        target = torch.arange(70, device="cuda")
+        cross_entropy.linear_cross_entropy(hidden, weight, target, softcap=30.0, label_smoothing=0.1).backward()
+    torch.cuda.synchronize()
+    print("all kernels ran")
+
+
+if __name__ == "__main__":
+    main()
