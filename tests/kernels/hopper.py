@@ -4,6 +4,8 @@ The interpreter lets types pass that the compiler refuses, and knows no limit of
 prints a line for each kernel.
 """
 
+import contextlib
+
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
@@ -35,7 +37,15 @@ SHARED_MEMORY = 227 << 10
 DEVICE = "cpu"
 """Where the tensors are; on "cuda", where `sanitized.py` has them, they are zeros."""
 
-compiled = {}
+compiled, currents = {}, []
+
+
+@contextlib.contextmanager
+def current(of):
+    """In the place of `torch.cuda.device_of`."""
+    currents.append(of)
+    yield
+    currents.pop()
 
 
 def type_of(value):
@@ -55,6 +65,7 @@ def is_multiple(value):
 
 def compile_instead(self, *args, grid, warmup, num_warps=4, num_stages=3, enable_fp_fusion=True, **kwargs):
     """In the place of a launch. A pointer that is not there is a constant, and so is a 1, as Triton has it."""
+    assert currents, f"{self.__name__} goes to whichever GPU is the current one"
     given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
     constants = {p.name: given[p.name] for p in self.params if p.is_constexpr or is_constant(given[p.name])}
     signature = {name: "constexpr" if name in constants else type_of(given[name]) for name in self.arg_names}
@@ -140,6 +151,7 @@ def main():
     JITFunction.run = compile_instead
     device.num_multiprocessors = lambda _: 132
     overlap.overlaps = lambda _: True
+    device.elsewhere, torch.cuda.device_of = lambda _: True, current
     launch_all()
     look_at_ptx()
     for name, ways in compiled.items():

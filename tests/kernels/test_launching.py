@@ -59,6 +59,17 @@ def test_on_a_gpu_it_follows_the_stream_and_is_captured_in_a_graph():
     assert (y == 6).all()
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_on_the_gpu_that_is_not_the_current_one():
+    launch = Launch(_doubled, (2,), (20, 16), num_warps=1)
+    for index in (1, 0, 1):
+        x = torch.arange(20.0, device=f"cuda:{index}")
+        y = torch.zeros_like(x)
+        launch(x, y)
+        assert torch.equal(y, 2 * x)
+        assert torch.cuda.current_device() == 0
+
+
 class Recorder:
     """A kernel in Triton's place."""
 

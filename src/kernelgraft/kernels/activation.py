@@ -134,9 +134,10 @@ def launch(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     if y.numel():
         chosen = settings(num_rows, num_columns, device.num_multiprocessors(gate_up.device))
         num_blocks = triton.cdiv(num_columns, chosen.block)
-        _forward_blocks[(num_rows * num_blocks,)](
-            rows, y, num_columns, rows.stride(0), num_blocks, activation, chosen.block, num_warps=chosen.num_warps
-        )
+        with torch.cuda.device_of(gate_up):
+            _forward_blocks[(num_rows * num_blocks,)](
+                rows, y, num_columns, rows.stride(0), num_blocks, activation, chosen.block, num_warps=chosen.num_warps
+            )
     return y
 
 
@@ -148,10 +149,11 @@ def launch_backward(grad: torch.Tensor, gate_up: torch.Tensor, activation: str) 
     if grad_gate_up.numel():
         chosen = settings(num_rows, num_columns, device.num_multiprocessors(gate_up.device))
         num_blocks = triton.cdiv(num_columns, chosen.block)
-        _backward_blocks[(num_rows * num_blocks,)](
-            grad_rows, rows, grad_gate_up, num_columns, grad_rows.stride(0), rows.stride(0), num_blocks,
-            activation, chosen.block, num_warps=chosen.num_warps,
-        )  # fmt: skip
+        with torch.cuda.device_of(gate_up):
+            _backward_blocks[(num_rows * num_blocks,)](
+                grad_rows, rows, grad_gate_up, num_columns, grad_rows.stride(0), rows.stride(0), num_blocks,
+                activation, chosen.block, num_warps=chosen.num_warps,
+            )  # fmt: skip
     return grad_gate_up
 
 

@@ -41,7 +41,8 @@ def add_rows(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     overlaps = overlap.overlaps(partial.device)
     out = torch.empty(num_columns, dtype=dtype, device=partial.device)
     rows = min(triton.next_power_of_2(num_rows), 128)
-    _add_rows[(triton.cdiv(num_columns, _COLUMNS),)](
-        partial, out, num_rows, num_columns, overlaps, rows, _COLUMNS, num_warps=8, **overlap.options(overlaps)
-    )
+    with torch.cuda.device_of(partial):
+        _add_rows[(triton.cdiv(num_columns, _COLUMNS),)](
+            partial, out, num_rows, num_columns, overlaps, rows, _COLUMNS, num_warps=8, **overlap.options(overlaps)
+        )
     return out

@@ -43,6 +43,14 @@ def launches(*tensors: torch.Tensor | None) -> bool:
     return True
 
 
+def elsewhere(x: torch.Tensor) -> bool:
+    """Whether `x` is on a GPU that is not the current one, to which alone Triton launches.
+
+    In a model on several GPUs (`device_map="auto"`) most layers' tensors are. `torch.cuda.device_of(x)` changes that.
+    """
+    return x.is_cuda and x.get_device() != torch.cuda.current_device()
+
+
 @functools.cache
 def num_multiprocessors(device: torch.device) -> int:
     """How many programs run at the same time, at least; of the interpreter, a few."""

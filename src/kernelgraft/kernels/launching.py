@@ -50,7 +50,14 @@ class Launch:
         self._compiled: dict[Any, tuple[Any, ...]] = {}
 
     def __call__(self, *pointers: torch.Tensor) -> None:
-        """Launch it on the current device and stream, as Triton does."""
+        """Launch it on the pointers' device and its current stream."""
+        if device.elsewhere(pointers[0]):
+            with torch.cuda.device_of(pointers[0]):
+                self._launch(pointers)
+        else:
+            self._launch(pointers)
+
+    def _launch(self, pointers: tuple[torch.Tensor, ...]) -> None:
         if not (_KNOWN and device.in_triton(pointers[0])):
             self._in_triton(pointers)
             return

@@ -438,16 +438,17 @@ def launch_backward(
     chosen = settings(num_rows, heads, head_dim, device.num_multiprocessors(grad_q.device), True)
     num_q, num_k, _ = chosen.num_programs
     partial = torch.empty(num_q + num_k if norms else 0, head_dim, dtype=torch.float32, device=grad_q.device)
-    _backward[(sum(chosen.num_programs),)](
-        grad_q, grad_k, grad_v, rows, cos, sin,
-        cos if q_weight is None else q_weight.contiguous(), cos if k_weight is None else k_weight.contiguous(),
-        grad_qkv, partial, num_rows, num_tokens, num_heads, num_kv_heads, *chosen.num_programs,
-        rows.stride(0), rows.stride(1), *_batches(cos), *_batches(sin),
-        *grad_q.stride()[:3], *grad_k.stride()[:3], *grad_v.stride()[:3], eps,
-        NORMS=norms, OFFSET=offset, ROUNDS_FIRST=rounds_first,
-        HALF=head_dim // 2, COLUMNS=chosen.columns, TOKENS=chosen.tokens, HEADS=chosen.heads,
-        num_warps=chosen.num_warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(grad_q):
+        _backward[(sum(chosen.num_programs),)](
+            grad_q, grad_k, grad_v, rows, cos, sin,
+            cos if q_weight is None else q_weight.contiguous(), cos if k_weight is None else k_weight.contiguous(),
+            grad_qkv, partial, num_rows, num_tokens, num_heads, num_kv_heads, *chosen.num_programs,
+            rows.stride(0), rows.stride(1), *_batches(cos), *_batches(sin),
+            *grad_q.stride()[:3], *grad_k.stride()[:3], *grad_v.stride()[:3], eps,
+            NORMS=norms, OFFSET=offset, ROUNDS_FIRST=rounds_first,
+            HALF=head_dim // 2, COLUMNS=chosen.columns, TOKENS=chosen.tokens, HEADS=chosen.heads,
+            num_warps=chosen.num_warps,
+        )  # fmt: skip
     if q_weight is None or k_weight is None:
         return grad_qkv, *_no_gradients(None, None, grad_q)
     return grad_qkv, add_rows(partial[:num_q], q_weight.dtype), add_rows(partial[num_q:], k_weight.dtype)
