@@ -1,19 +1,19 @@
-"""Runs on a GPU what `hopper.py` compiles, and the loss, for NVIDIA's sanitizer to look on.
+"""Runs on a GPU what `compiled_without_gpu.py` compiles, and the loss, for NVIDIA's sanitizer to look on.
 
 PYTHONPATH=src compute-sanitizer --error-exitcode 1 python tests/kernels/sanitized.py
 """
 
-import hopper
+import compiled_without_gpu as compiled
 import torch
 
 from kernelgraft.kernels import cross_entropy
 
 
 def main():
-    hopper.DEVICE = "cuda"
+    compiled.DEVICE = "cuda"
     for _ in range(2):  # the second launches are those that are looked up
-        hopper.launch_all()
-        hidden, weight = hopper.empty(70, 64).requires_grad_(), hopper.empty(1001, 64).requires_grad_()
+        compiled.launch_all()
+        hidden, weight = compiled.empty(70, 64).requires_grad_(), compiled.empty(1001, 64).requires_grad_()
         target = torch.arange(70, device="cuda")
         cross_entropy.linear_cross_entropy(hidden, weight, target, softcap=30.0, label_smoothing=0.1).backward()
     torch.cuda.synchronize()

@@ -15,8 +15,8 @@ except ImportError:  # a build of torch for CPUs comes without it
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the Triton kernels take. In all of them sums are in float32."""
 
-SHARED_MEMORY = 220 << 10
-"""Bytes that all programs on a multiprocessor of an H100 or H200 can have."""
+_SCRATCH = 7 << 10
+"""Bytes of shared memory for what the compiler and the driver need beside."""
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -55,6 +55,19 @@ def elsewhere(x: torch.Tensor) -> bool:
 def num_multiprocessors(device: torch.device) -> int:
     """How many programs run at the same time, at least; of the interpreter, a few."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program has for blocks that are on their way, so nearly all that programs of a multiprocessor share.
+
+    220 KB on an H100 or H200, and in the interpreter; 92 KB on an L4 or RTX 4090.
+    """
+    most = 227 << 10
+    if device.type == "cuda" and not INTERPRETED:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        most = triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"]
+    return most - _SCRATCH
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:

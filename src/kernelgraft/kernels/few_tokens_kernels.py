@@ -169,7 +169,14 @@ class Settings:
 
 @functools.cache
 def settings(
-    num_tokens: int, num_columns: int, length: int, itemsize: int, gated: bool, num_multiprocessors: int, overlaps: bool
+    num_tokens: int,
+    num_columns: int,
+    length: int,
+    itemsize: int,
+    gated: bool,
+    num_multiprocessors: int,
+    shared_memory: int,
+    overlaps: bool,
 ) -> Settings:
     """The launch for so many tokens; a pure function of its arguments.
 
@@ -188,7 +195,7 @@ def settings(
         # A program for each multiprocessor, with all of its shared memory: 32 tokens, H 4096, I 12288 28.9 us, in two
         # parts of 64 rows 30.6.
         run = min(512 // itemsize, max(triton.next_power_of_2(length), 16))
-        num_stages = max(2, min(6, device.SHARED_MEMORY // ((tokens + 32) * run * itemsize)))
+        num_stages = max(2, min(6, shared_memory // ((tokens + 32) * run * itemsize)))
         return Settings(tokens, 32, run, 1, 4, num_stages, 1, overlaps)
     rows, fewest = 128, max(16, triton.next_power_of_2(2 * num_tokens))
     while rows > fewest and triton.cdiv(num_columns, rows // gates) < num_multiprocessors:
@@ -201,7 +208,7 @@ def settings(
     splits, programs = 1, triton.cdiv(num_columns, rows // gates)
     while 2 * splits * programs <= num_multiprocessors and splits < 8 and length >= 4 * splits * run:
         splits *= 2
-    num_stages = 3 if rows * run * itemsize > 16384 else 4
+    num_stages = min(3 if rows * run * itemsize > 16384 else 4, 1 + shared_memory // ((rows + tokens) * run * itemsize))
     return Settings(tokens, rows // gates, run, splits, 4, num_stages, 1, overlaps)
 
 
@@ -225,7 +232,8 @@ def _launches(
     """
     overlaps, itemsize = overlap.overlaps(of), dtype.itemsize
     chosen = choose(
-        num_tokens, num_columns, length, itemsize, bool(act), device.num_multiprocessors(of), overlaps
+        num_tokens, num_columns, length, itemsize, bool(act), device.num_multiprocessors(of),
+        device.shared_memory(of), overlaps,
     )  # fmt: skip
     options, splits = {"num_warps": chosen.num_warps, **overlap.options(chosen.overlaps)}, chosen.splits
     eps, *rest = kind or (0.0, 0.0, True)

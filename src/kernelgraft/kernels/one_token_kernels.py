@@ -136,7 +136,13 @@ class Settings:
 
 @functools.cache
 def settings(
-    num_columns: int, length: int, itemsize: int, gated: bool, num_multiprocessors: int, overlaps: bool
+    num_columns: int,
+    length: int,
+    itemsize: int,
+    gated: bool,
+    num_multiprocessors: int,
+    shared_memory: int,
+    overlaps: bool,
 ) -> Settings:
     """The launch; a pure function of its arguments. `overlaps` says whether the device can.
 
@@ -159,8 +165,8 @@ def settings(
     columns = max(1, 2048 // (run * itemsize))
     block = columns * row
     num_warps = max(1, min(columns * run * itemsize // 2048, 16))
-    num_stages = max(1, min(3, device.SHARED_MEMORY // block))
-    resident = max(1, min(8, triton.cdiv(40960, block), device.SHARED_MEMORY // (num_stages * block)))
+    num_stages = max(1, min(3, shared_memory // block))
+    resident = max(1, min(8, triton.cdiv(40960, block), shared_memory // (num_stages * block)))
     num_programs = min(triton.cdiv(num_columns, columns), resident * num_multiprocessors)
     return Settings(columns, run, num_warps, num_stages, num_programs, False, overlaps, True)
 
@@ -183,7 +189,9 @@ def launching(
     `choose` is `settings`, `kind` what a norm has beside its weight.
     """
     can, itemsize = overlap.overlaps(of), dtype.itemsize
-    chosen = choose(num_columns, length, itemsize, bool(act), device.num_multiprocessors(of), can)
+    chosen = choose(
+        num_columns, length, itemsize, bool(act), device.num_multiprocessors(of), device.shared_memory(of), can
+    )
     eps, *rest = kind or (0.0, 0.0, True)
     values = (
         num_columns, length, weight_stride, eps, *rest, kind is not None, act, bias, adds,

@@ -1,10 +1,11 @@
-"""Compiles for an H100 or H200 what would be launched there; no GPU is needed, and the interpreter must be off.
+"""Compiles for a GPU what would be launched there; no GPU is needed, and the interpreter must be off.
 
-The interpreter lets types pass that the compiler refuses, and knows no limit of shared memory. `python hopper.py`
-prints a line for each kernel.
+The interpreter lets types pass that the compiler refuses, and knows no limit of shared memory. Called with `90`, for an
+H100 or H200, or `89`, for an L4 or RTX 4090, it prints a line for each kernel.
 """
 
 import contextlib
+import sys
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -31,8 +32,10 @@ TYPES = {
     torch.bool: "i1",
     torch.uint8: "u8",
 }
-SHARED_MEMORY = 227 << 10
-"""Bytes that a program can have."""
+GPUS = {90: (132, 227 << 10), 89: (128, 99 << 10)}
+"""By architecture, multiprocessors and the bytes of shared memory that a program can have."""
+
+architecture = 90
 
 DEVICE = "cpu"
 """Where the tensors are; on "cuda", where `sanitized.py` has them, they are zeros."""
@@ -77,9 +80,9 @@ def compile_instead(self, *args, grid, warmup, num_warps=4, num_stages=3, enable
     }
     source = ASTSource(self, signature, known, multiples)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    made = compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     assert f".entry {self.__name__}" in made.asm["ptx"]
-    assert made.metadata.shared <= SHARED_MEMORY, f"{self.__name__} takes {made.metadata.shared} bytes: {given}"
+    assert made.metadata.shared <= GPUS[architecture][1], f"{self.__name__} takes {made.metadata.shared} bytes: {given}"
     compiled.setdefault(self.__name__, []).append(made.asm["ptx"])
 
 
@@ -147,16 +150,21 @@ def look_at_ptx():
     assert ptx.rindex("ld.global") < ptx.index("shfl.sync"), "a row is not on its way before x is looked at"
 
 
-def main():
+def main(of):
+    global architecture
+    architecture = of
+    num_multiprocessors, shared = GPUS[of]
     JITFunction.run = compile_instead
-    device.num_multiprocessors = lambda _: 132
-    overlap.overlaps = lambda _: True
+    device.num_multiprocessors = lambda _: num_multiprocessors
+    device.shared_memory = lambda _: shared - device._SCRATCH
+    overlap.overlaps = lambda _: of >= 90
     device.elsewhere, torch.cuda.device_of = lambda _: True, current
     launch_all()
-    look_at_ptx()
+    if of >= 90:
+        look_at_ptx()
     for name, ways in compiled.items():
         print(name, len(ways))
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))
