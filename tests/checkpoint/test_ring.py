@@ -150,7 +150,8 @@ def test_signals_do_not_lose_reads(file, monkeypatch):
     assert results(granted, 16) == dict.fromkeys(range(16), 64 * KB)
     assert buffer.memory[:] == data[: 16 * 64 * KB]
     granted.close()
-    assert len(entered) > 17
+    # Every other one was interrupted. How often it is entered to wait depends on how soon the reads are done.
+    assert len(entered) >= 16
 
 
 @needs_a_ring
