@@ -96,9 +96,11 @@ def test_launches_fill_a_gpu(num_columns, length, itemsize, gated, shared):
         assert -(-num_columns // chosen.columns) * chosen.splits >= 64
         assert chosen.tokens >= num_tokens
         assert chosen.length * itemsize >= 128
-        # A program fits, with one block of all in registers; what the compiler takes is asked in test_compiled.py.
+        # A program fits; what the compiler takes is asked in test_compiled.py. On a smaller GPU the block that is
+        # worked on is in registers.
         block = (gates * chosen.columns + chosen.tokens) * chosen.length * itemsize
         assert chosen.num_stages > 1
+        assert block * chosen.num_stages <= 220 << 10
         assert block * (chosen.num_stages - 1) <= shared
 
 
