@@ -8,7 +8,7 @@ from hypothesis import settings as of_hypothesis
 from hypothesis import strategies as st
 
 from kernelgraft.kernels import decode_attention as op
-from kernelgraft.kernels import one_token_attention
+from kernelgraft.kernels import one_token_attention, rotary
 
 pytest.importorskip("triton")
 
@@ -47,20 +47,33 @@ def exactly(arguments, position, scale, mask):
     return op.reference(*wide, position, scale, mask)
 
 
+def largest_score(arguments, keys, scale):
+    """How large what is raised to a power is: a rounding of it is one of that size of the weights, and of the sum.
+
+    Plain torch in float32 is further from the exact sums than a bound without it, where normed heads are long.
+    """
+    *rotated, norm, _, _ = (each.double() if isinstance(each, torch.Tensor) else each for each in arguments)
+    q = rotary.reference(*rotated, *norm)[0]
+    keys = keys.double().repeat_interleave(q.shape[1] // keys.shape[1], dim=1)
+    return (q @ keys.mT).abs().max().item() * scale
+
+
 @pytest.mark.usefixtures("in_triton")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(shape=shapes, norm=norms, mask=masks, shared=st.booleans())
 @few
 @example(shape=(2, (4, 2), 260, 64), norm=(1e-6, 0.0, True), mask="bool", shared=False)
+@example(shape=(1, (1, 1), 63, 256), norm=(1e-6, 1.0, False), mask="none", shared=False)
 def test_a_cache_that_grows(dtype, shape, norm, mask, shared):
     arguments = step(shape, norm, dtype, shared)
     scale, mask = shape[3] ** -0.5, mask_of(mask, shape, shape[2] + 1, dtype)
     y, keys, values = op.attend_longer(*arguments, scale, mask)
     found = exactly(arguments, None, scale, mask)
-    for one, other, terms in zip((y, keys, values), found, (shape[3], 4, 1), strict=True):
+    sizes = (max(4.0, largest_score(arguments, found[1], scale)), 4.0, 4.0)
+    for one, other, terms, size in zip((y, keys, values), found, (shape[3], 4, 1), sizes, strict=True):
         assert one.dtype == dtype
         assert one.is_contiguous()
-        close(one, other, dtype, terms=terms, size=4.0)
+        close(one, other, dtype, terms=terms, size=size)
     assert torch.equal(keys[:, :, :-1], arguments[-2])
     assert torch.equal(values[:, :, :-1], arguments[-1])
 
@@ -80,7 +93,7 @@ def test_a_cache_of_fixed_length(dtype, shape, norm, mask, at):
     before = [each.clone() for each in arguments[-2:]]
     y = op.attend_into(*arguments, position, scale, mask)
     assert position == place + 1
-    close(y, exact, dtype, terms=shape[3], size=4.0)
+    close(y, exact, dtype, terms=shape[3], size=max(4.0, largest_score(arguments, held[0], scale)))
     others = torch.arange(shape[2], device=DEVICE) != place
     for found, wanted, was in zip(arguments[-2:], held, before, strict=True):
         close(found, wanted, dtype, terms=4, size=2.0)
@@ -90,8 +103,6 @@ def test_a_cache_of_fixed_length(dtype, shape, norm, mask, at):
 @pytest.mark.usefixtures("in_triton")
 def test_it_rounds_as_rotation_and_attention_do_one_after_another():
     """In float32 to the last bit of the keys: what others read of the cache does not depend on who wrote it."""
-    from kernelgraft.kernels import rotary
-
     arguments = step((2, (4, 2), 70, 64), (1e-6, 0.0, True))
     _, keys, values = op.attend_longer(*arguments, 0.125)
     *rotated, norm, _, _ = arguments

@@ -54,18 +54,24 @@ def model_of(seed):
     return tiny.model("qwen3", seed).to(DEVICE)
 
 
+def rounded_otherwise(model, draw):
+    """The model with each of its weights a rounding away, up or down: in one direction all, norms would undo it."""
+    generator = torch.Generator().manual_seed(draw)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            sign = torch.randint(0, 2, parameter.shape, generator=generator).to(parameter) * 2 - 1
+            parameter.mul_(1 + torch.finfo(parameter.dtype).eps * sign)
+    return model
+
+
 @pytest.fixture(scope="module")
 def eager():
     """By seed, the losses of the model alone; and how far they go apart for first weights that differ by a rounding."""
     found, noise = {}, []
     for seed in range(3):
-        alone = losses(model_of(seed), seed)
-        other = model_of(seed)
-        with torch.no_grad():
-            for parameter in other.parameters():
-                parameter.mul_(1 + torch.finfo(parameter.dtype).eps)
-        found[seed] = alone
-        noise.append((losses(other, seed) - alone).abs().mean())
+        found[seed] = alone = losses(model_of(seed), seed)
+        for draw in range(2):
+            noise.append((losses(rounded_otherwise(model_of(seed), draw), seed) - alone).abs().mean())
     return found, max(noise)
 
 

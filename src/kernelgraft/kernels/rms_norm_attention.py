@@ -235,7 +235,7 @@ def _decoded(
     qkv, cos, sin, num_heads, head_dim, q_weight, k_weight = rotation
     keys, values = layer.keys, layer.values
     grows = type(layer) is library.dynamic_layer
-    num_keys = keys.shape[-2] + grows
+    num_keys = keys.shape[-2] + int(grows)  # a truth added to a symbol is none that torch's compilers know
     kind = self.head_kind
     if decode_attention.refusal(qkv, cos, head_dim, q_weight, kind.rounds_first, keys, values, num_keys, mask):
         return None
