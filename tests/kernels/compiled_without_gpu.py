@@ -146,8 +146,12 @@ def look_at_ptx():
     for ptx in compiled["_forward"]:
         assert "fma" not in ptx, "a product that the original rounds goes unrounded into a sum"
     ptx = compiled["_one_token"][0]
-    assert ptx.index("cp.async.bulk.prefetch.L2") < ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+    waits = ptx.index("griddepcontrol.wait")
+    assert ptx.index("ld.global") < waits < ptx.rindex("ld.global")
+    assert ptx[:waits].count("ld.global") > 1, "rows are loaded when the kernel in front has ended"
     assert ptx.rindex("ld.global") < ptx.index("shfl.sync"), "a row is not on its way before x is looked at"
+    ptx = compiled["_decode_split"][0]
+    assert ptx.index("cp.async.bulk.prefetch.L2") < ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
 
 
 def main(of):

@@ -127,6 +127,23 @@ def test_one_token_all_at_once_or_rows_on_their_way(monkeypatch, dtype, once):
 
 
 @pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("columns", [64, 256])
+def test_weights_that_have_just_been_written(columns):
+    """On a GPU a product begins before the kernel in front has ended, but not before a copy has."""
+    given = operands((1,), columns, columns, torch.float32, norm=True, residual=True)
+    versions = [(tensor(columns, columns, seed=each), tensor(columns, seed=each)) for each in range(6)]
+    weight, norm, found = given["weight"], given["norm"], []
+    for rows, scale in versions:
+        weight.copy_(rows)
+        norm.weight.copy_(scale)
+        found.append(op.product(op.product(**given), weight, norm=norm))
+    for (rows, scale), y in zip(versions, found, strict=True):
+        wide = widened(given | {"weight": rows, "norm": norm._replace(weight=scale)})
+        exact = op.reference(op.reference(**wide), wide["weight"], norm=wide["norm"])
+        close(y, exact, torch.float32, terms=columns, size=2.0 + exact.abs().amax())
+
+
+@pytest.mark.usefixtures("in_triton")
 @pytest.mark.parametrize("dtype", ROUNDED[1:], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("offset", [0.0, 1.0])

@@ -28,14 +28,19 @@ if triton is not None:
 
     @triton.jit
     def _block(
-        block, position, k_ptr, v_ptr, k_token, v_token, mask_ptr, mask_rows, has_mask, num_keys, columns, inside,
-        MASK: tl.constexpr, PER_HEAD: tl.constexpr, APPENDS: tl.constexpr, HALF: tl.constexpr, KEYS: tl.constexpr,
+        block, k_ptr, v_ptr, k_token, v_token, mask_ptr, mask_rows, has_mask, num_keys, columns, inside,
+        MASK: tl.constexpr, PER_HEAD: tl.constexpr, APPENDS: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr,
+        KEYS: tl.constexpr,
     ):  # fmt: skip
-        """Keys and values of a block but for this token's, in halves, and what the mask says: truth, or a bias."""
+        """Keys and values that are held, in halves, and what the mask says: truth, or a bias.
+
+        In this token's place is what was there before. The `FIRST` are not waiting for the mask.
+        """
         keys = block * KEYS + tl.arange(0, KEYS)
         at = keys.to(tl.int64)
         seen = keys < num_keys
         said = seen[None, :]
+        held = keys < num_keys - APPENDS
         if MASK != 0:
             # Nearly always one for all heads, and then read once and not for each query.
             mask_at, asked = mask_ptr + at[None, :], said
@@ -48,15 +53,19 @@ if triton is not None:
             else:
                 said = tl.load(mask_at, mask=asked, other=float("-inf")).to(tl.float32)
                 allowed = said > float("-inf")
-            # What no query sees is not read: of a cache with room for more, only what is filled. All of a cache that
-            # grows is read, since it goes into the longer one.
+            # What no query sees is not looked at: of a cache with room for more, only what is filled, though the first
+            # keys are here by then. All of a cache that grows is read, since it goes into the longer one.
             if not APPENDS:
                 seen = tl.max(allowed.to(tl.int32), axis=0) > 0
-        read = (seen & (at != position))[:, None] & inside[None, :]
+        read = held[:, None] & inside[None, :]
+        if not FIRST:
+            read = read & seen[:, None]
         k_at = k_ptr + (at * k_token)[:, None] + columns[None, :]
         v_at = v_ptr + (at * v_token)[:, None] + columns[None, :]
         k_low, k_high = tl.load(k_at, mask=read, other=0.0), tl.load(k_at + HALF, mask=read, other=0.0)
         v_low, v_high = tl.load(v_at, mask=read, other=0.0), tl.load(v_at + HALF, mask=read, other=0.0)
+        if FIRST and MASK != 0 and not APPENDS:
+            v_low, v_high = tl.where(seen[:, None], v_low, 0.0), tl.where(seen[:, None], v_high, 0.0)
         return k_low, k_high, v_low, v_high, said
 
     @triton.jit
@@ -139,7 +148,7 @@ if triton is not None:
         position = (num_keys - 1).to(tl.int64)
         if not APPENDS:
             position = tl.load(position_ptr).to(tl.int64)
-        # All that is read is on its way before any of it is looked at, but for what the mask leaves of the keys.
+        # All that is read first is on its way before any of it is looked at.
         qkv_ptr += batch * qkv_batch
         q_at = qkv_ptr + (head * (2 * HALF))[:, None] + columns[None, :]
         q_low, q_high = tl.load(q_at, mask=rows, other=0.0), tl.load(q_at + HALF, mask=rows, other=0.0)
@@ -158,8 +167,8 @@ if triton is not None:
         low_cos, high_cos, low_sin, high_sin = angles(cos_at, sin_at, inside[None, :], HALF)
         mask_ptr += batch * mask_batch
         k_low, k_high, v_low, v_high, said = _block(
-            split, position, old_k_ptr, old_v_ptr, old_k_token, old_v_token, mask_ptr, head * mask_head, has_query,
-            num_keys, columns, inside, MASK, PER_HEAD, APPENDS, HALF, KEYS,
+            split, old_k_ptr, old_v_ptr, old_k_token, old_v_token, mask_ptr, head * mask_head, has_query,
+            num_keys, columns, inside, MASK, PER_HEAD, APPENDS, True, HALF, KEYS,
         )  # fmt: skip
         if NORMS:
             q_low, q_high = normed(q_low, q_high, q_low_scale, q_high_scale, eps, HALF, ROUNDS_FIRST, NORM_DTYPE)
@@ -184,8 +193,8 @@ if triton is not None:
         )  # fmt: skip
         for block in range(split + num_splits, tl.cdiv(num_keys, KEYS), num_splits):
             k_low, k_high, v_low, v_high, said = _block(
-                block, position, old_k_ptr, old_v_ptr, old_k_token, old_v_token, mask_ptr, head * mask_head, has_query,
-                num_keys, columns, inside, MASK, PER_HEAD, APPENDS, HALF, KEYS,
+                block, old_k_ptr, old_v_ptr, old_k_token, old_v_token, mask_ptr, head * mask_head, has_query,
+                num_keys, columns, inside, MASK, PER_HEAD, APPENDS, False, HALF, KEYS,
             )  # fmt: skip
             largest, denominator, low_total, high_total = _attended(
                 block, position, num_keys, q_low, q_high, k_low, k_high, v_low, v_high, said, new_k_low, new_k_high,

@@ -95,7 +95,8 @@ def product(
 
     Args:
         x: (..., K).
-        weight: (N, K); with an activation (2 N, K), the gate's rows first.
+        weight: (N, K); with an activation (2 N, K), the gate's rows first. No output of a kernel of this repository
+            that may still run: see `overlap`.
         bias: As many as `weight` has rows.
         norm: An RMS norm of `x`.
         act: One of `activation.ACTIVATIONS`, or "".

@@ -126,8 +126,8 @@ if triton is not None:
         if OVERLAPS:
             overlap.wait()
         row = tl.program_id(0).to(tl.int64)
-        if COUNTS:  # nobody reads it any more
-            tl.store(position_ptr, tl.load(position_ptr) + 1, mask=row == 0)
+        if COUNTS:
+            position = tl.load(position_ptr)
         splits = tl.arange(0, SPLITS)
         columns = tl.arange(0, COLUMNS)
         there = splits < num_splits
@@ -141,6 +141,8 @@ if triton is not None:
         total = tl.sum(share * denominator, axis=0)
         y = tl.sum(sums * share[:, None], axis=0) / tl.where(total == 0, 1.0, total)
         tl.store(out_ptr + row * DIM + columns, y.to(out_ptr.dtype.element_ty), mask=columns < DIM)
+        if COUNTS:  # nobody reads it any more; last, since loads do not pass a store that waits
+            tl.store(position_ptr, position + 1, mask=row == 0)
 
 
 @dataclass(frozen=True)

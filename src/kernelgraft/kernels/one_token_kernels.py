@@ -1,8 +1,8 @@
 """The Triton kernel of the product of one token; see `few_tokens` for the formula and the shapes.
 
-Small weights are on their way all at once, in registers: each program has its rows, and that is all. Of larger ones
-each program goes through many rows, with x, normalized, in its registers and the next rows on their way to shared
-memory.
+Small weights are in registers before x is there: each program has its rows, loads them while the kernel in front still
+runs, and that is all. Of larger ones each program goes through many rows, with x, normalized, in its registers and the
+next rows on their way to shared memory.
 """
 
 import functools
@@ -30,25 +30,34 @@ if triton is not None:
 
     @triton.jit
     def _rows(
-        tile, at, weight_ptr, bias_ptr, residual_ptr, num_columns, length, weight_stride,
-        ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr,
+        tile, at, weight_ptr, num_columns, length, weight_stride,
+        ACTIVATION: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """The columns of y of a tile, the rows of the weight, those of up too if gated, and what `beside` gives."""
+        """The rows of the weight of a tile of y, those of up too if gated."""
         columns = tile * COLUMNS + tl.arange(0, COLUMNS)
-        inside = columns < num_columns
-        there = inside[:, None]
+        there = (columns < num_columns)[:, None]
         if not EVEN:
             there = there & (at < length)[None, :]
-        gate_bias, bias, residual = beside(
-            bias_ptr, residual_ptr, columns, columns, inside, inside, num_columns, ACTIVATION, BIAS, ADDS
-        )
         rows = columns.to(tl.int64)[:, None] * weight_stride + at[None, :]
         weight = tl.load(weight_ptr + rows, mask=there, other=0.0)
         up = weight
         if ACTIVATION != "":
             rows = (columns + num_columns).to(tl.int64)[:, None] * weight_stride + at[None, :]
             up = tl.load(weight_ptr + rows, mask=there, other=0.0)
-        return columns, weight, up, gate_bias, bias, residual
+        return weight, up
+
+    @triton.jit
+    def _beside(
+        tile, bias_ptr, residual_ptr, num_columns,
+        ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        """The columns of a tile of y, and what `beside` gives for them."""
+        columns = tile * COLUMNS + tl.arange(0, COLUMNS)
+        inside = columns < num_columns
+        gate_bias, bias, residual = beside(
+            bias_ptr, residual_ptr, columns, columns, inside, inside, num_columns, ACTIVATION, BIAS, ADDS
+        )
+        return columns, gate_bias, bias, residual
 
     @triton.jit
     def _multiplied(columns, x_row, weight, up, gate_bias, bias, residual, y_ptr, num_columns,
@@ -66,29 +75,23 @@ if triton is not None:
         x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr, num_columns, length, weight_stride, eps,
         OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, NORM: tl.constexpr, ACTIVATION: tl.constexpr,
         BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr, EVEN: tl.constexpr,
-        COLUMNS: tl.constexpr, LENGTH: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr,
-        PREFETCHES: tl.constexpr, LATE: tl.constexpr,
+        COLUMNS: tl.constexpr, LENGTH: tl.constexpr, STAGES: tl.constexpr, ONCE: tl.constexpr, LATE: tl.constexpr,
     ):  # fmt: skip
         first, step = tl.program_id(0), tl.num_programs(0)
         at = tl.arange(0, LENGTH)
+        if ONCE:  # before the kernel in front has ended: it writes no weights, see `overlap`
+            weight, up = _rows(first, at, weight_ptr, num_columns, length, weight_stride, ACTIVATION, EVEN, COLUMNS)
+            if NORM:
+                scale = tl.load(scale_ptr + at, mask=at < length, other=0.0)
         if OVERLAPS:
-            if PREFETCHES:
-                # While the program waits, its rows come into the L2 cache. Not so the norm's weight: all programs would
-                # ask for the same few lines, one after another (3 to 5 us for some 2000 of them).
-                row_bytes = length * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
-                early = tl.minimum(first * COLUMNS + tl.arange(0, COLUMNS), num_columns - 1).to(tl.int64)
-                overlap.prefetch_rows(weight_ptr + early * weight_stride, row_bytes, COLUMNS)
-                if ACTIVATION != "":
-                    overlap.prefetch_rows(weight_ptr + (early + num_columns) * weight_stride, row_bytes, COLUMNS)
             overlap.wait(LATE)
         x = tl.load(x_ptr + at, mask=at < length, other=0.0)
-        if NORM:
+        if ONCE:
+            columns, gate_bias, bias, residual = _beside(
+                first, bias_ptr, residual_ptr, num_columns, ACTIVATION, BIAS, ADDS, COLUMNS
+            )
+        elif NORM:
             scale = tl.load(scale_ptr + at, mask=at < length, other=0.0)
-        if ONCE:  # its rows are on their way before x is waited for
-            columns, weight, up, gate_bias, bias, residual = _rows(
-                first, at, weight_ptr, bias_ptr, residual_ptr, num_columns, length, weight_stride,
-                ACTIVATION, BIAS, ADDS, EVEN, COLUMNS,
-            )  # fmt: skip
         if NORM:
             x_fp32 = x.to(tl.float32)
             rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=0) / length + eps)
@@ -100,10 +103,10 @@ if triton is not None:
             # To begin here with x, in the first turn of the loop, so that rows are on their way before, costs more in
             # all the others than it wins.
             for tile in tl.range(first, tl.cdiv(num_columns, COLUMNS), step, num_stages=STAGES):
-                columns, weight, up, gate_bias, bias, residual = _rows(
-                    tile, at, weight_ptr, bias_ptr, residual_ptr, num_columns, length, weight_stride,
-                    ACTIVATION, BIAS, ADDS, EVEN, COLUMNS,
-                )  # fmt: skip
+                columns, gate_bias, bias, residual = _beside(
+                    tile, bias_ptr, residual_ptr, num_columns, ACTIVATION, BIAS, ADDS, COLUMNS
+                )
+                weight, up = _rows(tile, at, weight_ptr, num_columns, length, weight_stride, ACTIVATION, EVEN, COLUMNS)
                 _multiplied(columns, x_row, weight, up, gate_bias, bias, residual, y_ptr, num_columns, ACTIVATION, ADDS)
         if OVERLAPS and LATE:
             overlap.release()
@@ -119,7 +122,6 @@ class Settings:
         num_warps: Its warps.
         num_stages: Blocks of rows that are on their way, where a program goes through several.
         num_programs: Programs that share the columns.
-        prefetches: Whether its rows go to the L2 cache while it waits for the kernel in front.
         overlaps: Whether it starts before the kernel in front has ended (programmatic dependent launch).
         late: Whether the one behind it may start only when this one is nearly done.
     """
@@ -129,7 +131,6 @@ class Settings:
     num_warps: int
     num_stages: int
     num_programs: int
-    prefetches: bool
     overlaps: bool
     late: bool
 
@@ -153,11 +154,11 @@ def settings(
     run = triton.next_power_of_2(max(length, 1))
     row = (2 if gated else 1) * run * itemsize
     if num_columns * row <= _REGISTERS * num_multiprocessors:
-        # A layer with H 1024, I 3072 22 to 23 us, going through rows 24 to 27; without the prefetch 0.5 to 2 more, and
-        # where the kernel behind starts late 2 more.
-        columns = 2
+        # A layer with H 1024, I 3072 19.6 us; two rows 20.1, eight 20.3 to 20.6; where rows are loaded after the wait,
+        # in the L2 cache by then, 22.1 to 22.9. RMSNormMLP 6.9, 7.3 to 7.9, and 8.2.
+        columns = 4
         num_warps = max(4, min(columns * row // 8192, 16))
-        return Settings(columns, run, num_warps, 1, triton.cdiv(num_columns, columns), True, overlaps, False)
+        return Settings(columns, run, num_warps, 1, triton.cdiv(num_columns, columns), overlaps, False)
     # One row at once, with 16 loads of 16 bytes for two threads of it, and two on their way: two rows cost 2 to 10 %.
     # Programs share the rows evenly, so multiprocessors have to have as many each. Where the kernel behind starts early
     # they have not: some get more while this one still holds the others. A layer with H 4096, I 12288 108 us, early
@@ -168,7 +169,7 @@ def settings(
     num_stages = max(1, min(3, shared_memory // block))
     resident = max(1, min(8, triton.cdiv(40960, block), shared_memory // (num_stages * block)))
     num_programs = min(triton.cdiv(num_columns, columns), resident * num_multiprocessors)
-    return Settings(columns, run, num_warps, num_stages, num_programs, False, overlaps, True)
+    return Settings(columns, run, num_warps, num_stages, num_programs, overlaps, True)
 
 
 @functools.lru_cache(REMEMBERED, typed=True)
@@ -196,7 +197,7 @@ def launching(
     values = (
         num_columns, length, weight_stride, eps, *rest, kind is not None, act, bias, adds,
         chosen.overlaps, length == chosen.length, chosen.columns, chosen.length, chosen.num_stages,
-        chosen.num_programs * chosen.columns >= num_columns, chosen.prefetches and length * itemsize >= 16, chosen.late,
+        chosen.num_programs * chosen.columns >= num_columns, chosen.late,
     )  # fmt: skip
     options = {"num_warps": chosen.num_warps, **overlap.options(chosen.overlaps)}
     return Launch(_one_token, (chosen.num_programs,), values, **options)

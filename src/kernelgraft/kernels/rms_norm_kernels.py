@@ -25,41 +25,59 @@ MAX_COLUMNS = 1 << 15
 if triton is not None:
 
     @triton.jit
+    def _forward_tile(
+        tile, weight, x_ptr, residual_ptr, y_ptr, sum_ptr, rstd_ptr,
+        num_rows, num_columns, x_stride, residual_stride, eps,
+        OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ADDS: tl.constexpr, SAVES: tl.constexpr,
+        EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ):  # fmt: skip
+        columns = tl.arange(0, COLUMNS)
+        rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        there = (rows < num_rows)[:, None]
+        if not EVEN:
+            there = there & (columns < num_columns)[None, :]
+        at = rows[:, None] * num_columns + columns[None, :]
+        x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0)
+        x_fp32 = x.to(tl.float32)
+        if ADDS:
+            residual = tl.load(residual_ptr + rows[:, None] * residual_stride + columns[None, :], mask=there, other=0.0)
+            # The sum is a tensor of the model: the norm is that of what it holds, rounded.
+            x = (x_fp32 + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + at, x, mask=there)
+            x_fp32 = x.to(tl.float32)
+        rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=1) / num_columns + eps)
+        if SAVES:
+            tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
+        normalized = x_fp32 * rstd[:, None]
+        if ROUNDS_FIRST:
+            normalized = normalized.to(x.dtype).to(tl.float32)
+        y = normalized * (weight.to(tl.float32) + OFFSET)[None, :]
+        tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=there)
+
+    @triton.jit
     def _forward_rows(
         x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
         num_rows, num_columns, x_stride, residual_stride, eps,
         OFFSET: tl.constexpr, ROUNDS_FIRST: tl.constexpr, ADDS: tl.constexpr, SAVES: tl.constexpr,
-        OVERLAPS: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+        OVERLAPS: tl.constexpr, EVEN: tl.constexpr, ONCE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        STAGES: tl.constexpr,
     ):  # fmt: skip
         if OVERLAPS:
             overlap.wait()
         columns = tl.arange(0, COLUMNS)
-        inside = columns < num_columns
-        scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-        for tile in tl.range(tl.program_id(0), tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
-            rows = tile * ROWS + tl.arange(0, ROWS).to(tl.int64)
-            there = (rows < num_rows)[:, None]
-            if not EVEN:
-                there = there & inside[None, :]
-            at = rows[:, None] * num_columns + columns[None, :]
-            x = tl.load(x_ptr + rows[:, None] * x_stride + columns[None, :], mask=there, other=0.0)
-            x_fp32 = x.to(tl.float32)
-            if ADDS:
-                residual = tl.load(
-                    residual_ptr + rows[:, None] * residual_stride + columns[None, :], mask=there, other=0.0
-                )
-                # The sum is a tensor of the model: the norm is that of what it holds, rounded.
-                x = (x_fp32 + residual.to(tl.float32)).to(sum_ptr.dtype.element_ty)
-                tl.store(sum_ptr + at, x, mask=there)
-                x_fp32 = x.to(tl.float32)
-            rstd = tl.rsqrt(tl.sum(x_fp32 * x_fp32, axis=1) / num_columns + eps)
-            if SAVES:
-                tl.store(rstd_ptr + rows, rstd, mask=rows < num_rows)
-            normalized = x_fp32 * rstd[:, None]
-            if ROUNDS_FIRST:
-                normalized = normalized.to(x.dtype).to(tl.float32)
-            y = normalized * scale[None, :]
-            tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=there)
+        weight = tl.load(weight_ptr + columns, mask=columns < num_columns, other=0.0)
+        first = tl.program_id(0)
+        if ONCE:  # not a loop of one turn, which would begin when the weight is there
+            _forward_tile(
+                first, weight, x_ptr, residual_ptr, y_ptr, sum_ptr, rstd_ptr, num_rows, num_columns, x_stride,
+                residual_stride, eps, OFFSET, ROUNDS_FIRST, ADDS, SAVES, EVEN, ROWS, COLUMNS,
+            )  # fmt: skip
+        else:
+            for tile in tl.range(first, tl.cdiv(num_rows, ROWS), tl.num_programs(0), num_stages=STAGES):
+                _forward_tile(
+                    tile, weight, x_ptr, residual_ptr, y_ptr, sum_ptr, rstd_ptr, num_rows, num_columns, x_stride,
+                    residual_stride, eps, OFFSET, ROUNDS_FIRST, ADDS, SAVES, EVEN, ROWS, COLUMNS,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -127,7 +145,7 @@ def _launches(
     chosen = choose(num_rows, num_columns, device.num_multiprocessors(of), overlap.overlaps(of))
     values = (
         num_rows, num_columns, *strides, *kind, adds, saves, chosen.overlaps, chosen.columns == num_columns,
-        chosen.rows, chosen.columns, chosen.num_stages,
+        chosen.num_programs * chosen.rows >= num_rows, chosen.rows, chosen.columns, chosen.num_stages,
     )  # fmt: skip
     options = {"num_warps": chosen.num_warps, **overlap.options(chosen.overlaps)}
     return Launch(_forward_rows, (chosen.num_programs,), values, **options)
