@@ -5,9 +5,11 @@ taken for it. The process ends when its parent does, because its input does.
 """
 
 import contextlib
+import faulthandler
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
 import tempfile
@@ -89,6 +91,7 @@ class Process:
         try:
             said = self._said.get(timeout=max(limit_s, _POLL_S))
         except queue.Empty:
+            self.say_where()
             said = {"error": f"the process said nothing for {limit_s:.0f} s"}
         if said is None:
             code = self._process.wait()
@@ -104,6 +107,12 @@ class Process:
             print(self._logged()[-4000:], file=sys.stderr, flush=True)
         self.close()
         return why
+
+    def say_where(self) -> None:
+        """Have it log what it is at."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGUSR1)
+            time.sleep(0.5)
 
     def _logged(self) -> str:
         self._log.seek(0)
@@ -145,6 +154,7 @@ def when_ready(processes: Sequence[Process], limit_s: float) -> Iterator[tuple[P
             if process.has_spoken:
                 yield process, process.hear(0)
             else:
+                process.say_where()
                 yield process, process.end({"error": f"the process was not ready within {limit_s:.0f} s"})
         time.sleep(_POLL_S)
 
@@ -175,6 +185,7 @@ def told() -> str:
 def serve(work: Callable[[], None]) -> NoReturn:
     """Do the work of such a process, tell why it fails if it does, and end the process."""
     code = 0
+    faulthandler.register(signal.SIGUSR1)
     try:
         work()
     except Skipped as reason:

@@ -1,5 +1,7 @@
 """Shapes, tensors and tolerances that the tests of the kernels draw from."""
 
+import shutil
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -11,6 +13,12 @@ ROUNDED = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" els
 
 few = settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True)
 """For rules that each take a run of the interpreter."""
+
+by_inductor = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="the inductor takes a compiler of C++"),
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # its own
+]
+"""Marks of a test that compiles with torch's inductor."""
 
 
 def tensor(*shape, dtype=torch.float32, seed=0, scale=1.0, offset=0.0):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 
-from . import device
+from . import compiling, device
 
 try:
     import triton
@@ -165,7 +165,7 @@ def _gated(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     return launch(gate_up, activation)
 
 
-@_gated.register_fake
+@compiling.fake(_gated)
 def _(gate_up, activation):
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
@@ -175,7 +175,7 @@ def _gated_backward(grad: torch.Tensor, gate_up: torch.Tensor, activation: str) 
     return launch_backward(grad, gate_up, activation)
 
 
-@_gated_backward.register_fake
+@compiling.fake(_gated_backward)
 def _(grad, gate_up, activation):
     return gate_up.new_empty(gate_up.shape)
 

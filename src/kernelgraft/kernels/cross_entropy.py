@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from . import device
+from . import compiling, device
 from .cross_entropy_rows import Formula, launch_rows, reference_rows, wide
 
 BUFFER = 1 << 29
@@ -174,7 +174,7 @@ def _forward(
     return (*_reduced(loss, target, class_weight, ignore_index, reduction), *gradients)
 
 
-@_forward.register_fake
+@compiling.fake(_forward)
 def _(hidden, weight, bias, target, class_weight, ignore_index, label_smoothing, scale, divides, softcap, rounds,
       reduction, hidden_learns, weight_learns, bias_learns):  # fmt: skip
     gradients = _outputs(hidden, weight, (hidden_learns, weight_learns, bias_learns))
@@ -200,7 +200,7 @@ def _backward(
     return (grad_hidden.to(factor.dtype) * factor).to(hidden.dtype), found, (grad_bias * factor).to(weight.dtype)
 
 
-@_backward.register_fake
+@compiling.fake(_backward)
 def _(grad_loss, factor, hidden, weight, bias, grad_hidden, grad_weight, grad_bias):
     return (
         torch.empty_like(grad_hidden),
@@ -236,7 +236,7 @@ def _backward_of_rows(
     return grad_hidden, grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
 
 
-@_backward_of_rows.register_fake
+@compiling.fake(_backward_of_rows)
 def _(grad_loss, hidden, weight, bias, target, class_weight, ignore_index, label_smoothing, scale, divides, softcap,
       rounds, hidden_learns, weight_learns, bias_learns):  # fmt: skip
     grad_hidden, grad_weight, grad_bias = _outputs(hidden, weight, (hidden_learns, weight_learns, bias_learns))

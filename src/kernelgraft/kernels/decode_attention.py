@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from . import device, one_token_attention, rotary
+from . import compiling, device, one_token_attention, rotary
 from .decode_attention_kernels import launch
 from .rotary_kernels import dtypes
 
@@ -20,7 +20,7 @@ from .rotary_kernels import dtypes
 # in one process.
 
 
-@torch.library.custom_op(f"{__name__.replace('.', '_')}::into", mutates_args=("keys", "values", "position"))
+@torch.library.custom_op(f"{__name__.replace('.', '_')}::into", mutates_args=("keys", "values"))
 def _into(
     qkv: torch.Tensor,
     cos: torch.Tensor,
@@ -40,10 +40,12 @@ def _into(
 ) -> torch.Tensor:
     held = (keys, values)
     kind = (eps, offset, rounds_first)
-    return launch(qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, *kind, held, held, position, scale, mask)
+    return launch(
+        qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, *kind, held, held, position, scale, mask, counts=False
+    )
 
 
-@_into.register_fake
+@compiling.fake(_into)
 def _(qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, eps, offset, rounds_first, keys, values, position, scale,
       mask):  # fmt: skip
     return qkv.new_empty(qkv.shape[0], 1, num_heads, head_dim)
@@ -70,7 +72,7 @@ def _longer(
     return _launch_longer(qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, *kind, keys, values, scale, mask)
 
 
-@_longer.register_fake
+@compiling.fake(_longer)
 def _(qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, eps, offset, rounds_first, keys, values, scale, mask):
     return qkv.new_empty(qkv.shape[0], 1, num_heads, head_dim), *_empty_longer(keys, values)
 
@@ -195,6 +197,9 @@ def attend_into(
     if device.launches(qkv, cos, sin, q_weight, k_weight, keys, values, position, mask):
         return launch(*arguments, (keys, values), (keys, values), position, scale, mask)
     y: torch.Tensor = _into(*arguments, keys, values, position, scale, mask)
+    # Not by the operator: angles and masks of later layers are computed from this too, and the inductor puts off what
+    # it computes past an operator that writes, though not past this.
+    position.add_(1)
     return y
 
 

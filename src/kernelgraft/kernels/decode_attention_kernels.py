@@ -234,6 +234,7 @@ def _launches(
     strides: tuple[int, ...],
     mask_kind: int,
     appends: bool,
+    counts: bool,
 ) -> tuple[Launch, Launch | None, int]:
     """The launches of the two kernels, and how many programs share the keys.
 
@@ -258,7 +259,7 @@ def _launches(
     )
     if splits == 1:
         return attend, None, 1
-    return attend, one_token_attention.combining(of, batch * num_heads, splits, dim, not appends), splits
+    return attend, one_token_attention.combining(of, batch * num_heads, splits, dim, counts), splits
 
 
 def launch(
@@ -277,6 +278,7 @@ def launch(
     position: torch.Tensor | None,
     scale: float,
     mask: torch.Tensor | None,
+    counts: bool = True,
 ) -> torch.Tensor:
     """Run the kernels.
 
@@ -293,10 +295,10 @@ def launch(
         rounds_first: Whether the norm rounds before it multiplies by its weight.
         old: Keys and values before this token, (B, K, S, D).
         new: What they are written to: (B, K, S + 1, D) all of them, or `old` itself, and then only this token's.
-        position: Where in `old` the token goes, one integer on the device, which is incremented; `None` if `new` is
-            longer.
+        position: Where in `old` the token goes, one integer on the device; `None` if `new` is longer.
         scale: What the products of queries and keys are multiplied by.
         mask: (B or 1, N or 1, 1, number of keys in `new`).
+        counts: Whether the position is incremented.
 
     Returns:
         (B, 1, N, D).
@@ -315,6 +317,7 @@ def launch(
         one_token_attention.settings, qkv.device, qkv.dtype, dtypes(qkv, cos, q_weight, rounds_first)[0],
         (batch, num_heads, num_kv_heads, head_dim), num_keys, scale,
         None if q_weight is None else (eps, offset, rounds_first), strides, mask_kind, position is None,
+        counts and position is not None,
     )  # fmt: skip
     sums, stats = one_token_attention.empty_parts(out, splits)
     attend(
@@ -324,6 +327,6 @@ def launch(
     )  # fmt: skip
     if combine is not None:
         combine(sums, stats, out, out if position is None else position)
-    elif position is not None:
+    elif counts and position is not None:
         position.add_(1)
     return out

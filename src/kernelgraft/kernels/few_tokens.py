@@ -11,7 +11,7 @@ y (..., N); M tokens, all dimensions of x but the last.
 import torch
 from torch.nn import functional as F
 
-from . import activation, device, rms_norm
+from . import activation, compiling, device, rms_norm
 from .few_tokens_kernels import launch
 from .product_parts import Norm
 
@@ -40,7 +40,7 @@ def _product(
     return launch(x, weight, bias, norm, act, residual)
 
 
-@_product.register_fake
+@compiling.fake(_product)
 def _(x, weight, bias, scale, eps, offset, rounds_first, act, residual):
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if act else weight.shape[0])
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import activation, device, few_tokens, rms_norm
+from . import activation, compiling, device, few_tokens, rms_norm
 from .few_tokens import Norm, product, reference, takes
 
 
@@ -107,7 +107,7 @@ def _few(
     return launch_few(x, gate_up, down, act, gate_up_bias, down_bias, norm, residual)
 
 
-@_few.register_fake
+@compiling.fake(_few)
 def _(x, gate_up, down, act, gate_up_bias, down_bias, scale, eps, offset, rounds_first, residual):
     return x.new_empty(*x.shape[:-1], down.shape[0])
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from . import device, overlap
+from . import compiling, device, overlap
 from .launching import REMEMBERED, Launch
 
 try:
@@ -305,7 +305,7 @@ def _attend(
     return launch(q, k, v, scale, mask, length, window)
 
 
-@_attend.register_fake
+@compiling.fake(_attend)
 def _(q, k, v, scale, mask, length, window):
     return q.new_empty(q.shape[0], 1, q.shape[1], q.shape[3])
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import device
+from . import compiling, device
 from .rms_norm_backward_kernels import launch_backward
 from .rms_norm_kernels import MAX_COLUMNS, launch, output_dtype
 
@@ -27,7 +27,7 @@ def _norm(
     return y, rstd
 
 
-@_norm.register_fake
+@compiling.fake(_norm)
 def _(x, weight, eps, offset, rounds_first):
     y = torch.empty(x.shape, dtype=output_dtype(x, weight, rounds_first), device=x.device)
     return y, torch.empty(x.shape[:-1].numel(), dtype=torch.float32, device=x.device)
@@ -40,7 +40,7 @@ def _add_norm(
     return launch(x, residual, weight, eps, offset, rounds_first, True)
 
 
-@_add_norm.register_fake
+@compiling.fake(_add_norm)
 def _(x, residual, weight, eps, offset, rounds_first):
     y = torch.empty(x.shape, dtype=output_dtype(x, weight, rounds_first), device=x.device)
     total = torch.empty(x.shape, dtype=torch.promote_types(x.dtype, residual.dtype), device=x.device)
@@ -60,7 +60,7 @@ def _norm_backward(
     return launch_backward(grad_y, grad_sum, x, weight, rstd, offset, rounds_first)
 
 
-@_norm_backward.register_fake
+@compiling.fake(_norm_backward)
 def _(grad_y, grad_sum, x, weight, rstd, offset, rounds_first):
     return torch.empty(x.shape, dtype=x.dtype, device=x.device), torch.empty_like(weight.contiguous())
 

@@ -13,7 +13,7 @@ any case. v is a view of qkv where nobody differentiates, and a copy where it wo
 
 import torch
 
-from . import device, rms_norm
+from . import compiling, device, rms_norm
 from .rotary_kernels import dtypes, empty_heads, kv_heads_of, launch, launch_backward, launch_into
 
 # --- operators: what autograd and compilers see. Their names hold that of this module, so that two builds of the
@@ -37,7 +37,7 @@ def _rotate(
     return launch(qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, eps, offset, rounds_first, copies)
 
 
-@_rotate.register_fake
+@compiling.fake(_rotate)
 def _(qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, eps, offset, rounds_first, copies):
     num_kv_heads = kv_heads_of(qkv, num_heads, head_dim)
     dtype = dtypes(qkv, cos, q_weight, rounds_first)[1]
@@ -69,7 +69,7 @@ def _rotate_into(
     )
 
 
-@_rotate_into.register_fake
+@compiling.fake(_rotate_into)
 def _(qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, eps, offset, rounds_first, keys, values, position):
     return empty_heads(qkv, num_heads, head_dim, dtypes(qkv, cos, q_weight, rounds_first)[1])
 
@@ -92,7 +92,7 @@ def _rotate_backward(
     return launch_backward(grad_q, grad_k, grad_v, qkv, cos, sin, q_weight, k_weight, dtype, eps, offset, rounds_first)
 
 
-@_rotate_backward.register_fake
+@compiling.fake(_rotate_backward)
 def _(grad_q, grad_k, grad_v, qkv, cos, sin, q_weight, k_weight, dtype, eps, offset, rounds_first):
     batch, num_heads, num_tokens, head_dim = grad_q.shape
     grad_qkv = grad_q.new_empty(batch, num_tokens, (num_heads + 2 * grad_k.shape[1]) * head_dim, dtype=dtype)
