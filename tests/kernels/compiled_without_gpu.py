@@ -21,6 +21,7 @@ from kernelgraft.kernels import (
     overlap,
     rms_norm_backward_kernels,
     rms_norm_kernels,
+    rotary_backward_kernels,
     rotary_kernels,
 )
 
@@ -106,7 +107,7 @@ def launch_all():
     for weights in ((None, None), (head, head)):
         rotation = (qkv, cos, cos, *weights, 4, 128, 1e-6, 0.0, True)
         q, k, v = rotary_kernels.launch(*rotation, True)
-        rotary_kernels.launch_backward(q, k, v, qkv, cos, cos, *weights, qkv.dtype, 1e-6, 0.0, True)
+        rotary_backward_kernels.launch_backward(q, k, v, qkv, cos, cos, *weights, qkv.dtype, 1e-6, 0.0, True)
     cache, position = empty(2, 2, 600, 128), torch.zeros(1, dtype=torch.int64, device=DEVICE)
     rotary_kernels.launch_into(*rotation, cache, cache.clone(), position)
     mask = torch.ones(2, 1, 1, 600, dtype=torch.bool, device=DEVICE)

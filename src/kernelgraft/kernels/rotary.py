@@ -14,7 +14,8 @@ any case. v is a view of qkv where nobody differentiates, and a copy where it wo
 import torch
 
 from . import compiling, device, rms_norm
-from .rotary_kernels import dtypes, empty_heads, kv_heads_of, launch, launch_backward, launch_into
+from .rotary_backward_kernels import launch_backward
+from .rotary_kernels import dtypes, empty_heads, kv_heads_of, launch, launch_into
 
 # --- operators: what autograd and compilers see. Their names hold that of this module, so that two builds of the
 # repository can be in one process.
