@@ -29,6 +29,7 @@ MARK = "::said "
 NOTE = "note"
 CHILD = "--child"
 _POLL_S = 0.02
+_WHERE_S = 2.0
 _BEGAN = time.monotonic()
 
 
@@ -109,10 +110,15 @@ class Process:
         return why
 
     def say_where(self) -> None:
-        """Have it log what it is at."""
+        """Have it log what it is at, which takes it no time unless it is stopped."""
+        logged, ends = os.fstat(self._log.fileno()).st_size, time.monotonic() + _WHERE_S
         if self._process.poll() is None:
             self._process.send_signal(signal.SIGUSR1)
-            time.sleep(0.5)
+        while self._process.poll() is None and os.fstat(self._log.fileno()).st_size == logged:
+            if time.monotonic() > ends:
+                return
+            time.sleep(_POLL_S)
+        time.sleep(_POLL_S)  # the lines behind the first
 
     def _logged(self) -> str:
         self._log.seek(0)

@@ -192,24 +192,30 @@ def test_both_ends(tmp_path, monkeypatch, capsys):
     processes = importlib.import_module("benchmarks.kernels.processes")
     (tmp_path / "echoing.py").write_text(
         textwrap.dedent("""
+            import time
+
             from benchmarks.kernels import processes
 
             def work():
                 processes.say(ready=True)
                 print("and so", end="")
                 while word := processes.told():
+                    if word == "sleep":
+                        time.sleep(60)
                     processes.say(answer=float(word))
 
             processes.serve(work)
         """)
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    both = [processes.Process(name, "echoing", []) for name in ("one", "other")]
-    one, other = both
-    with processes.closing(both):
-        assert [said for _, said in processes.when_ready(both, 120)] == [{"ready": True}] * 2
+    every = [processes.Process(name, "echoing", []) for name in ("one", "other", "third")]
+    one, other, third = every
+    with processes.closing(every):
+        assert [said for _, said in processes.when_ready(every, 120)] == [{"ready": True}] * 3
         assert one.ask("2", 60) == {"answer": 2.0}
         assert one.ask("two", 60) == {"error": "ValueError: could not convert string to float: 'two'"}
+        assert "in work" in capsys.readouterr().err
+        assert third.ask("sleep", 0.5) == {"error": "the process said nothing for 0 s"}
         assert "in work" in capsys.readouterr().err
         other.finish(60)
         assert other._process.returncode == 0
