@@ -19,7 +19,7 @@ try:
     import triton.language as tl
 
     from .one_token_attention import weighed
-    from .rotary_kernels import angles, normed, turned
+    from .rotary_kernels import angles, normed, scales, turned
 except ImportError:
     triton = None
 
@@ -159,10 +159,8 @@ if triton is not None:
         new_v_low = tl.load(new_at, mask=inside[None, :], other=0.0)
         new_v_high = tl.load(new_at + HALF, mask=inside[None, :], other=0.0)
         if NORMS:
-            q_low_scale = tl.load(q_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-            q_high_scale = tl.load(q_weight_ptr + HALF + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-            k_low_scale = tl.load(k_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-            k_high_scale = tl.load(k_weight_ptr + HALF + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+            q_low_scale, q_high_scale = scales(q_weight_ptr + columns, inside, OFFSET, HALF)
+            k_low_scale, k_high_scale = scales(k_weight_ptr + columns, inside, OFFSET, HALF)
         cos_at, sin_at = cos_ptr + batch * cos_batch + columns[None, :], sin_ptr + batch * sin_batch + columns[None, :]
         low_cos, high_cos, low_sin, high_sin = angles(cos_at, sin_at, inside[None, :], HALF)
         mask_ptr += batch * mask_batch

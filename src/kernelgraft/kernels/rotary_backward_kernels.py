@@ -10,7 +10,7 @@ try:
     import triton
     import triton.language as tl
 
-    from .rotary_kernels import tile_of
+    from .rotary_kernels import angles, scales, tile_of
 except ImportError:
     triton = None
 
@@ -27,8 +27,7 @@ if triton is not None:
         columns = tl.arange(0, COLUMNS)
         inside = columns < HALF
         if NORMS:
-            low_scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-            high_scale = tl.load(weight_ptr + HALF + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+            low_scale, high_scale = scales(weight_ptr + columns, inside, OFFSET, HALF)
             low_sum = tl.zeros([COLUMNS], tl.float32)
             high_sum = tl.zeros([COLUMNS], tl.float32)
         for tile in range(first, tl.cdiv(num_rows, TOKENS) * tl.cdiv(num_heads, HEADS), step):
@@ -40,10 +39,7 @@ if triton is not None:
             if TURNS:
                 cos_at = (batch * cos_batch + token * cos_token)[:, None] + columns[None, :]
                 sin_at = (batch * sin_batch + token * sin_token)[:, None] + columns[None, :]
-                low_cos = tl.load(cos_ptr + cos_at, mask=mask, other=0.0).to(tl.float32)
-                high_cos = tl.load(cos_ptr + cos_at + HALF, mask=mask, other=0.0).to(tl.float32)
-                low_sin = tl.load(sin_ptr + sin_at, mask=mask, other=0.0).to(tl.float32)
-                high_sin = tl.load(sin_ptr + sin_at + HALF, mask=mask, other=0.0).to(tl.float32)
+                low_cos, high_cos, low_sin, high_sin = angles(cos_ptr + cos_at, sin_ptr + sin_at, mask, HALF)
                 turned_back = low * low_cos + high * high_sin
                 high = high * high_cos - low * low_sin
                 low = turned_back

@@ -46,6 +46,13 @@ if triton is not None:
         return (low_fp32 * low_scale[None, :]).to(DTYPE), (high_fp32 * high_scale[None, :]).to(DTYPE)
 
     @triton.jit
+    def scales(weight_at, mask, OFFSET: tl.constexpr, HALF: tl.constexpr):
+        """What a norm multiplies the two halves by."""
+        low = tl.load(weight_at, mask=mask, other=0.0).to(tl.float32) + OFFSET
+        high = tl.load(weight_at + HALF, mask=mask, other=0.0).to(tl.float32) + OFFSET
+        return low, high
+
+    @triton.jit
     def angles(cos_at, sin_at, mask, HALF: tl.constexpr):
         """The cosines and sines of both halves at these addresses, in float32."""
         low_cos = tl.load(cos_at, mask=mask, other=0.0).to(tl.float32)
@@ -77,8 +84,7 @@ if triton is not None:
         columns = tl.arange(0, COLUMNS)
         inside = columns < HALF
         if NORMS:
-            low_scale = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
-            high_scale = tl.load(weight_ptr + HALF + columns, mask=inside, other=0.0).to(tl.float32) + OFFSET
+            low_scale, high_scale = scales(weight_ptr + columns, inside, OFFSET, HALF)
         for tile in range(first, tl.cdiv(num_rows, TOKENS) * tl.cdiv(num_heads, HEADS), step):
             batch, token, head, there = tile_of(tile, num_rows, num_tokens, num_heads, TOKENS, HEADS)
             mask = there[:, None] & inside[None, :]
