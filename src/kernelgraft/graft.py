@@ -29,6 +29,7 @@ from kernelgraft.kernel import Kernel, load_kernel
 from kernelgraft.matching import collapse_paths
 from kernelgraft.pausing import collector_paused
 from kernelgraft.plan import Plan
+from kernelgraft.preparing import preparing
 from kernelgraft.recorded_config import described
 from kernelgraft.saving import save_pretrained
 from kernelgraft.slot import KEY, GraftedModule, Site, Slot
@@ -77,6 +78,12 @@ class Installed:
         """All kernels that may run here, each once."""
         lists = [modes for key in self.keys for modes in (key.modes, *(more for _, more in key.functions))]
         return tuple(dict.fromkeys(kernel for modes in lists for _, _, kernel in modes))
+
+    @property
+    def layouts(self) -> list[tuple[type[nn.Module], nn.Module]]:
+        """The class of the layout, if there is one, and the module that has its parameters."""
+        host = self.modules[self.site.host]
+        return [(key.layout, host) for key in self.keys if key.role == "host" and key.layout is not None]
 
 
 class Graft:
@@ -512,7 +519,8 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint, ready: Reading | Non
             for function in blueprint.functions:
                 site, modules = rebind_function(model, function)
                 installed.append(Installed(site, function.asked, (function.key,), modules, device))
-        materialize(model, ready)
+        with preparing(layout for each in installed for layout in each.layouts):
+            materialize(model, ready)
     except BaseException:
         for each in reversed(installed):
             restore_site(model, each.modules)

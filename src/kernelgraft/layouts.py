@@ -98,7 +98,7 @@ def make_layout(
         PlanError: The layout's `__init__` cannot take what there is, or raises.
     """
     if len(members) > 1 or hasattr(layout, "from_module"):
-        copies = [_on_meta(member.module) for member in members]
+        copies = [on_meta(member.module) for member in members]
         modules = tuple(copy for copy, _ in copies)
         call = _Construction(layout, modules, {}, from_module=len(members) == 1)
     else:
@@ -129,7 +129,7 @@ def _recorded(
     return bind_arguments(layout, arguments, original, signatures)
 
 
-def _on_meta(member: nn.Module) -> tuple[nn.Module, list[tuple[str, torch.Tensor]]]:
+def on_meta(member: nn.Module) -> tuple[nn.Module, list[tuple[str, torch.Tensor]]]:
     """A shallow copy of a member with its tensors on meta, and those tensors by name."""
     copy = shallow_tree(member)
     made: dict[int, torch.Tensor] = {}

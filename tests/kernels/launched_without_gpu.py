@@ -11,7 +11,7 @@ from triton.backends.compiler import GPUTarget
 from kernelgraft.kernels import device, launching
 from kernelgraft.kernels.launching import Launch
 
-launches, asked = [], []
+launches, asked, compiled = [], [], []
 
 
 class Utils:
@@ -69,6 +69,7 @@ def main():
     device.in_triton = lambda x: True
     real = type(scaled).run
     type(scaled).run = lambda self, *args, **kwargs: asked.append(self) or real(self, *args, **kwargs)
+    triton.knobs.compilation.listener = lambda **told: compiled.append(told)
     x = torch.zeros(64)
     values = (64, 1, 0.5, 2.0, 16)
     launch = Launch(scaled, (4,), values, num_warps=2, launch_pdl=True)
@@ -123,6 +124,20 @@ def main():
     assert seen[-1][2:] == values
     scaled.pre_run_hooks.clear()
     assert not run(launch, x, x)[1]
+
+    # For tensors on the meta device it is loaded, as for others of their dtypes, and not launched: here or in Triton.
+    prepared, given = Launch(scaled, (4,), values, num_warps=8), [torch.empty(64, device="meta")] * 2
+    launches.clear()
+    with device.preparing(torch.device("cpu")):
+        for _ in range(2):
+            prepared(*given)
+            launching.run(scaled, (4,), *given, *values, num_warps=1)
+    assert not launches
+    assert run(prepared, x, x) == (launches[0], False)
+    before = len(compiled)
+    launching.run(scaled, (4,), x, x, *values, num_warps=1)
+    assert len(launches) == 2
+    assert len(compiled) == before
 
     # Where it is not known how a kernel is run, Triton runs it.
     device.in_triton = lambda x: False

@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional as F
 
 from . import compiling, device
+from .launching import run
 
 try:
     import triton
@@ -132,12 +133,12 @@ def launch(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
     num_rows, num_columns = rows.shape[0], rows.shape[1] // 2
     y = torch.empty(*gate_up.shape[:-1], num_columns, dtype=gate_up.dtype, device=gate_up.device)
     if y.numel():
-        chosen = settings(num_rows, num_columns, device.num_multiprocessors(gate_up.device))
+        chosen = settings(num_rows, num_columns, device.num_multiprocessors(device.of(gate_up)))
         num_blocks = triton.cdiv(num_columns, chosen.block)
-        with torch.cuda.device_of(gate_up):
-            _forward_blocks[(num_rows * num_blocks,)](
-                rows, y, num_columns, rows.stride(0), num_blocks, activation, chosen.block, num_warps=chosen.num_warps
-            )
+        run(
+            _forward_blocks, (num_rows * num_blocks,), rows, y, num_columns, rows.stride(0), num_blocks,
+            activation, chosen.block, num_warps=chosen.num_warps,
+        )  # fmt: skip
     return y
 
 
@@ -147,13 +148,12 @@ def launch_backward(grad: torch.Tensor, gate_up: torch.Tensor, activation: str) 
     num_rows, num_columns = grad_rows.shape
     grad_gate_up = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     if grad_gate_up.numel():
-        chosen = settings(num_rows, num_columns, device.num_multiprocessors(gate_up.device))
+        chosen = settings(num_rows, num_columns, device.num_multiprocessors(device.of(gate_up)))
         num_blocks = triton.cdiv(num_columns, chosen.block)
-        with torch.cuda.device_of(gate_up):
-            _backward_blocks[(num_rows * num_blocks,)](
-                grad_rows, rows, grad_gate_up, num_columns, grad_rows.stride(0), rows.stride(0), num_blocks,
-                activation, chosen.block, num_warps=chosen.num_warps,
-            )  # fmt: skip
+        run(
+            _backward_blocks, (num_rows * num_blocks,), grad_rows, rows, grad_gate_up, num_columns,
+            grad_rows.stride(0), rows.stride(0), num_blocks, activation, chosen.block, num_warps=chosen.num_warps,
+        )  # fmt: skip
     return grad_gate_up
 
 

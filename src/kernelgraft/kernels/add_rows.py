@@ -5,7 +5,8 @@ Always in the same order, so that the same step gives the same bits. Shapes: x (
 
 import torch
 
-from . import overlap
+from . import device, overlap
+from .launching import run
 
 try:
     import triton
@@ -18,7 +19,7 @@ _COLUMNS = 32
 
 if triton is not None:
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_rows"])
     def _add_rows(
         partial_ptr, out_ptr, num_rows, num_columns, OVERLAPS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
     ):
@@ -38,11 +39,11 @@ if triton is not None:
 def add_rows(partial: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The sum over the first of two dimensions of a float32 tensor, with what is left of it dense."""
     num_rows, num_columns = partial.shape
-    overlaps = overlap.overlaps(partial.device)
+    overlaps = overlap.overlaps(device.of(partial))
     out = torch.empty(num_columns, dtype=dtype, device=partial.device)
     rows = min(triton.next_power_of_2(num_rows), 128)
-    with torch.cuda.device_of(partial):
-        _add_rows[(triton.cdiv(num_columns, _COLUMNS),)](
-            partial, out, num_rows, num_columns, overlaps, rows, _COLUMNS, num_warps=8, **overlap.options(overlaps)
-        )
+    run(
+        _add_rows, (triton.cdiv(num_columns, _COLUMNS),), partial, out, num_rows, num_columns,
+        overlaps, rows, _COLUMNS, num_warps=8, **overlap.options(overlaps),
+    )  # fmt: skip
     return out

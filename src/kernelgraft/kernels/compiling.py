@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from . import device
+
 # Before torch 2.13 the inductor writes out all that an operator's arguments were computed from when it meets the
 # operator first, for a line of its log. Each residual doubles that: an operator behind eight layers takes minutes, the
 # norm behind 28 has no end. One that the inductor knows is not written out.
@@ -25,7 +27,8 @@ def fake(op: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def outputs(*args: Any) -> Any:
             if _WRITES_OUT:
                 _make_known(op._opoverload)
-            return function(*args)
+            # While kernels are prepared, an operator runs on tensors without data, and loads what it would launch.
+            return op._init_fn(*args) if device.is_preparing() else function(*args)
 
         op.register_fake(outputs)
         return function

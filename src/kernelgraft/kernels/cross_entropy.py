@@ -364,7 +364,7 @@ def loss_of(
 
 def for_autocast(*tensors: Any) -> tuple[Any, ...]:
     """The operands of a matrix product as autocast has them."""
-    kind = tensors[0].device.type
+    kind = device.of(tensors[0]).type
     if not torch.is_autocast_enabled(kind) or tensors[0].dtype == torch.float64:
         return tensors
     dtype = torch.get_autocast_dtype(kind)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .launching import run
+
 try:
     import triton
     import triton.language as tl
@@ -199,16 +201,15 @@ def launch_rows(
     num_rows, num_columns = logits.shape
     chosen = settings(num_columns)
     softcap, smoothing = formula.softcap or 1.0, formula.label_smoothing
-    with torch.cuda.device_of(logits):
-        _loss_rows[(num_rows,)](
-            logits, target, class_weight, upstream, loss,
-            num_columns, logits.stride(0), formula.ignore_index, 1 - smoothing, smoothing / num_columns,
-            # Torch too multiplies by the reciprocal of a number on a GPU.
-            1 / formula.scale if formula.divides else formula.scale, softcap, 1 / softcap,
-            SCALES=formula.scale != 1, CAPS=formula.softcap is not None, ROUNDS=formula.rounds,
-            SMOOTHS=smoothing > 0, WEIGHS=class_weight is not None,
-            SCALES_GRADIENT=upstream is not None, GRADIENT=gradient, COLUMNS=chosen.columns, num_warps=chosen.num_warps,
-        )  # fmt: skip
+    run(
+        _loss_rows, (num_rows,), logits, target, class_weight, upstream, loss,
+        num_columns, logits.stride(0), formula.ignore_index, 1 - smoothing, smoothing / num_columns,
+        # Torch too multiplies by the reciprocal of a number on a GPU.
+        1 / formula.scale if formula.divides else formula.scale, softcap, 1 / softcap,
+        SCALES=formula.scale != 1, CAPS=formula.softcap is not None, ROUNDS=formula.rounds,
+        SMOOTHS=smoothing > 0, WEIGHS=class_weight is not None,
+        SCALES_GRADIENT=upstream is not None, GRADIENT=gradient, COLUMNS=chosen.columns, num_warps=chosen.num_warps,
+    )  # fmt: skip
 
 
 def reference_rows(

@@ -312,7 +312,7 @@ def launch(
         *old[0].stride()[:3], *old[1].stride()[:3], *new[0].stride()[:3], *new[1].stride()[:3], *mask_strides,
     )  # fmt: skip
     attend, combine, splits = _launches(
-        one_token_attention.settings, qkv.device, qkv.dtype, dtypes(qkv, cos, q_weight, rounds_first)[0],
+        one_token_attention.settings, device.of(qkv), qkv.dtype, dtypes(qkv, cos, q_weight, rounds_first)[0],
         (batch, num_heads, num_kv_heads, head_dim), num_keys, scale,
         None if q_weight is None else (eps, offset, rounds_first), strides, mask_kind, position is None,
         counts and position is not None,

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import device
+from . import device, first_steps
 from .few_tokens import Norm, product, taken, takes
 from .gated_mlp import run, weights_of
 from .rms_norm import add_rms_norm
-from .rms_norm_attention import RMSNormAttentionLayout, attended
+from .rms_norm_attention import RMSNormAttentionLayout, attended, attended_on_meta
 from .rms_norm_mlp import RMSNormMLPLayout
 
 _READ = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -81,6 +81,16 @@ class DecoderLayerLayout(nn.Module):
         layout.feed_forward = RMSNormMLPLayout(layer.post_attention_layernorm, layer.mlp)
         return layout
 
+    def prepare_kernels(self, device: torch.device) -> None:
+        """See `first_steps`."""
+        attention: Any = self.attention
+
+        def step(x: torch.Tensor) -> list[torch.Tensor]:
+            out, *states = attended_on_meta(attention, x)
+            return [_behind(self, out, x), *states]
+
+        first_steps.prepare(self, device, weights_of(attention.qkv_proj)[0], step)
+
 
 class DecoderLayer(nn.Module):
     """A decoder layer of Llama, Mistral, Qwen2, Qwen3, and what has their shape."""
@@ -101,16 +111,21 @@ class DecoderLayer(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """(B, T, H) to (B, T, H)."""
-        attention, mlp = self.attention, self.feed_forward
         kwargs.update(position_ids=position_ids, use_cache=use_cache)
-        out, _ = attended(attention, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
-        weight, bias = weights_of(attention.o_proj)
-        norm = Norm(mlp.scale, *mlp.kind)
-        few = takes(out, weight, bias, hidden_states)
-        trains = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
-        if few or trains or not device.in_triton(out):
-            # In training the sum alone is kept, and the norm is computed again.
-            h = (taken if few else product)(out, weight, bias, residual=hidden_states)
-            return run(mlp, h, norm, residual=h)
-        normed, h = add_rms_norm(product(out, weight, bias), hidden_states, *norm)
-        return run(mlp, normed, residual=h)
+        out, _ = attended(self.attention, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
+        return _behind(self, out, hidden_states)
+
+
+def _behind(self: Any, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
+    """What comes behind attention, whose outcome is `out`."""
+    weight, bias = weights_of(self.attention.o_proj)
+    mlp = self.feed_forward
+    norm = Norm(mlp.scale, *mlp.kind)
+    few = takes(out, weight, bias, hidden_states)
+    trains = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
+    if few or trains or not device.in_triton(out):
+        # In training the sum alone is kept, and the norm is computed again.
+        h = (taken if few else product)(out, weight, bias, residual=hidden_states)
+        return run(mlp, h, norm, residual=h)
+    normed, h = add_rms_norm(product(out, weight, bias), hidden_states, *norm)
+    return run(mlp, normed, residual=h)

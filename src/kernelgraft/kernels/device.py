@@ -1,6 +1,9 @@
 """Where a kernel runs, and what looks at its call."""
 
+import contextlib
 import functools
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,9 +24,41 @@ _SCRATCH = 7 << 10
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+class _Preparing(threading.local):
+    of: torch.device | None = None
+
+
+_preparing = _Preparing()
+
+
+@contextlib.contextmanager
+def preparing(of: torch.device) -> Iterator[None]:
+    """Within the block, in this thread, tensors on the meta device stand for ones on the GPU `of`.
+
+    What would be launched for them is loaded, and compiled where the cache of Triton does not have it.
+    """
+    before, _preparing.of = _preparing.of, of
+    try:
+        with torch.cuda.device(of) if of.type == "cuda" else contextlib.nullcontext():
+            yield
+    finally:
+        _preparing.of = before
+
+
+def is_preparing() -> bool:
+    """Whether this thread prepares kernels."""
+    return _preparing.of is not None
+
+
 def in_triton(x: torch.Tensor) -> bool:
     """Whether a kernel runs in Triton on this tensor, or else in plain torch."""
-    return x.is_cuda
+    return x.is_cuda or (x.is_meta and is_preparing())
+
+
+def of(x: torch.Tensor) -> torch.device:
+    """Where the kernels of `x` run."""
+    prepared = _preparing.of if x.is_meta else None
+    return x.device if prepared is None else prepared
 
 
 def launches(*tensors: torch.Tensor | None) -> bool:

@@ -80,7 +80,7 @@ def takes(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     for each in others:
         if each is not None and (each.dtype != dtype or (recording and each.requires_grad)):
             return False
-    return not torch.is_autocast_enabled(x.device.type)
+    return not torch.is_autocast_enabled(device.of(x).type)
 
 
 def product(

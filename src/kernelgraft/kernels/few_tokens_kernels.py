@@ -38,7 +38,7 @@ if triton is not None:
             x, weight = x.to(tl.float32), weight.to(tl.float32)
         return tl.dot(x, weight, sums, input_precision="ieee")
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_tokens"])
     def _some_tokens(
         x_ptr, weight_ptr, bias_ptr, scale_ptr, residual_ptr, y_ptr,
         num_tokens, num_columns, length, x_stride, weight_stride, eps,
@@ -114,7 +114,7 @@ if triton is not None:
             y = finished(sums, gates, gate_bias, bias, residual, y_ptr.dtype.element_ty, ACTIVATION, ADDS)
             tl.store(y_ptr + to, y, mask=there)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_tokens"])
     def _add_splits(
         partial_ptr, bias_ptr, residual_ptr, y_ptr, num_tokens, num_columns, num_blocks,
         ACTIVATION: tl.constexpr, BIAS: tl.constexpr, ADDS: tl.constexpr, OVERLAPS: tl.constexpr,
@@ -284,12 +284,12 @@ def launch(
     residual = y if residual is None else residual.contiguous()
     if num_tokens == 1:
         product = one_token_kernels.launching(
-            one_token_kernels.settings, x.device, x.dtype, num_columns, length, weight.stride(0), kind, *behind
+            one_token_kernels.settings, device.of(x), x.dtype, num_columns, length, weight.stride(0), kind, *behind
         )
         product(rows, weight, bias, scale, residual, y)
         return y
     product, added, splits = _launches(
-        settings, x.device, x.dtype, num_tokens, num_columns, length, (stride, weight.stride(0)), kind, *behind
+        settings, device.of(x), x.dtype, num_tokens, num_columns, length, (stride, weight.stride(0)), kind, *behind
     )
     if added is None:
         product(rows, weight, bias, scale, residual, y)

@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import activation, compiling, device, few_tokens, rms_norm
+from . import activation, compiling, device, few_tokens, first_steps, rms_norm
 from .few_tokens import Norm, product, reference, takes
 
 
@@ -148,7 +148,7 @@ def gated_mlp(
         return few
     tensors = [each for each in (x, gate_up, gate_up_bias, down, down_bias, scale) if each is not None]
     trains = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
-    alike = all(each.dtype == x.dtype for each in tensors) and not torch.is_autocast_enabled(x.device.type)
+    alike = all(each.dtype == x.dtype for each in tensors) and not torch.is_autocast_enabled(device.of(x).type)
     if trains and alike and not takes(x, gate_up):
         kind = (0.0, 0.0, True) if norm is None else norm[1:]
         y: torch.Tensor = _Recomputing.apply(x, scale, gate_up, gate_up_bias, down, down_bias, kind, act)
@@ -210,6 +210,10 @@ class _Merged(nn.Module):
         layout.gate_up_proj = merged(mlp.gate_proj, mlp.up_proj)
         layout.down_proj = linear(mlp.down_proj, mlp.down_proj.out_features)
         return layout
+
+    def prepare_kernels(self, device: torch.device) -> None:
+        """See `first_steps`."""
+        first_steps.prepare(self, device, weights_of(self.gate_up_proj)[0], lambda x: [run(self, x)])
 
 
 class SwiGLUMLPLayout(_Merged):

@@ -72,7 +72,7 @@ class Launch:
         key.append(bits % 16 and tuple([pointer.data_ptr() % 16 == 0 for pointer in pointers]))
         known = tuple(key)
         compiled = self._compiled.get(known)
-        if compiled is None or _watched(self._kernel):
+        if compiled is None or not bits or _watched(self._kernel):  # on meta there are no addresses
             made = self._in_triton(pointers)
             if compiled is None and _is_cuda(made):
                 self._compiled[known] = (made.run, made.function, made.packed_metadata)
@@ -82,7 +82,25 @@ class Launch:
         run(*self._grid, stream, function, metadata, None, None, None, *pointers, *self._values)
 
     def _in_triton(self, pointers: tuple[torch.Tensor, ...]) -> Any:
-        return self._kernel[self._grid](*pointers, *self._values, **self._options)
+        return _run_or_load(self._kernel, self._grid, (*pointers, *self._values), self._options)
+
+
+def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """Launch a kernel by Triton's own way, on the device of its first argument and its current stream."""
+    with torch.cuda.device_of(args[0]):
+        _run_or_load(kernel, grid, args, options)
+
+
+def _run_or_load(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    """Launch a kernel; one for tensors on the meta device is only loaded, as `device.preparing` says."""
+    if not args[0].is_meta:
+        return kernel[grid](*args, **options)
+    if device.INTERPRETED:
+        return None
+    made = kernel.warmup(*args, grid=grid, **options)
+    if made is not None:
+        made._init_handles()  # or the first launch would load it
+    return made
 
 
 def _watched(kernel: Any) -> bool:

@@ -243,7 +243,7 @@ def launch(
     length_stride = length.stride(0) if length is not None and length.numel() > 1 else 0
     strides = (*q.stride()[:2], *k.stride()[:3], *v.stride()[:3], *mask_strides, length_stride)
     attend, combine, splits = _launches(
-        settings, q.device, k.dtype, (batch, num_heads, num_kv_heads, dim), num_keys, window, scale, strides,
+        settings, device.of(q), k.dtype, (batch, num_heads, num_kv_heads, dim), num_keys, window, scale, strides,
         mask_kind, mask_strides[1] != 0, length is not None,
     )  # fmt: skip
     sums, stats = empty_parts(out, splits)

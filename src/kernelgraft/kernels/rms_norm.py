@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from . import compiling, device
+from . import compiling, device, first_steps
 from .rms_norm_backward_kernels import launch_backward
 from .rms_norm_kernels import MAX_COLUMNS, launch, output_dtype
 
@@ -235,6 +235,10 @@ class RMSNormLayout(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size))
         self.variance_epsilon = eps
 
+    def prepare_kernels(self, device: torch.device) -> None:
+        """See `first_steps`."""
+        first_steps.prepare(self, device, self.weight, lambda x: [RMSNorm.forward(self, x)])  # type: ignore[arg-type]
+
 
 class RMSNorm(nn.Module):
     """RMS norm over the last dimension, as in Llama, Mistral and Qwen."""
@@ -261,6 +265,10 @@ class OffsetRMSNormLayout(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(dim))
         self.eps = eps
+
+    def prepare_kernels(self, device: torch.device) -> None:
+        """See `first_steps`."""
+        first_steps.prepare(self, device, self.weight, lambda x: [OffsetRMSNorm.forward(self, x)])  # type: ignore[arg-type]
 
 
 class OffsetRMSNorm(nn.Module):

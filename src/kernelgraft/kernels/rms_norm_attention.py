@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import attention_code, decode_attention, device
+from . import attention_code, decode_attention, device, first_steps
 from .attention_code import Library
 from .few_tokens import Norm, product
 from .gated_mlp import linear, weights_of
@@ -24,6 +24,9 @@ from .rms_norm import Kind, kind_of
 from .rms_norm_kernels import MAX_COLUMNS
 from .rotary import rotate, rotate_into
 from .rotary_kernels import dtypes
+
+_NUM_KEYS = (64, 512)
+"""Keys of the decoding that is prepared: few, and so many that parts of them are attended to side by side."""
 
 
 def _layer(library: Library, cache: Any, layer_idx: int) -> Any:
@@ -106,6 +109,15 @@ class RMSNormAttentionLayout(nn.Module):
             self.head_kind = _head_kind(attention)
             self.q_norm_weight = nn.Parameter(torch.empty_like(attention.q_norm.weight))
             self.k_norm_weight = nn.Parameter(torch.empty_like(attention.k_norm.weight))
+
+    def prepare_kernels(self, device: torch.device) -> None:
+        """See `first_steps`."""
+
+        def step(x: torch.Tensor) -> list[torch.Tensor]:
+            out, *states = attended_on_meta(self, x)
+            return [product(out, *weights_of(self.o_proj)), *states]
+
+        first_steps.prepare(self, device, weights_of(self.qkv_proj)[0], step)
 
 
 def _merged(attention: Any) -> nn.Linear:
@@ -198,12 +210,8 @@ def attended(
         cache, kwargs = None, {**kwargs, "cache": cache}
     attend = library.functions.get_interface(self.config._attn_implementation, self.eager_attention_forward)
     dropout = self.attention_dropout if self.training else 0.0
-    weight, bias = weights_of(self.qkv_proj)
-    qkv = product(hidden_states, weight, bias, Norm(self.norm_weight, *self.kind))
-    # Read off the weights: a shard has fewer heads than the config says.
-    num_heads = weights_of(self.o_proj)[0].shape[1] // self.head_dim
-    norms = (self.q_norm_weight, self.k_norm_weight)
-    rotation = (qkv, *position_embeddings, num_heads, self.head_dim, *norms)
+    rotation = _rotation(self, hidden_states, position_embeddings)
+    qkv, num_heads = rotation[0], rotation[3]
     shape = (*hidden_states.shape[:-1], num_heads * self.head_dim)
     plain = attend is library.sdpa and not dropout
     if plain and hidden_states.shape[1] == 1 and device.in_triton(qkv):
@@ -218,6 +226,34 @@ def attended(
             self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **self.options, **kwargs
         )
     return out.reshape(shape).contiguous(), weights
+
+
+def _rotation(self: Any, hidden_states: torch.Tensor, position_embeddings: Any) -> Any:
+    """The arguments of `rotate`, but for the kind of its norm."""
+    weight, bias = weights_of(self.qkv_proj)
+    qkv = product(hidden_states, weight, bias, Norm(self.norm_weight, *self.kind))
+    # Read off the weights: a shard has fewer heads than the config says.
+    num_heads = weights_of(self.o_proj)[0].shape[1] // self.head_dim
+    return qkv, *position_embeddings, num_heads, self.head_dim, self.q_norm_weight, self.k_norm_weight
+
+
+def attended_on_meta(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`attended` on the meta device, without the library's function: queries in its outcome's place, and k and v.
+
+    One token is decoded too, with a growing cache.
+    """
+    angle = hidden_states.new_empty(1, hidden_states.shape[1], self.head_dim, requires_grad=False)
+    rotation = _rotation(self, hidden_states, (angle, angle))
+    q, k, v = rotate(*rotation, *self.head_kind)
+    if hidden_states.shape[1] == 1 and not torch.is_grad_enabled():
+        qkv, cos, _, _, dim, norm, _ = rotation
+        for num_keys in _NUM_KEYS:
+            held = k.new_empty(1, k.shape[1], num_keys, dim)
+            if not decode_attention.refusal(
+                qkv, cos, dim, norm, self.head_kind.rounds_first, held, held, num_keys + 1, None
+            ):
+                decode_attention.attend_longer(*(*rotation, self.head_kind, held, held, self.scaling))
+    return q.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1), k, v
 
 
 def _decoded(

@@ -59,7 +59,7 @@ if triton is not None:
         at = rows[:, None] * num_columns + columns[None, :]
         tl.store(grad_x_ptr + at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=there)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_rows"])
     def _backward_few_rows(
         grad_y_ptr, grad_sum_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, grad_weight_ptr,
         num_rows, num_columns, grad_y_stride, grad_sum_stride, x_stride,
@@ -103,7 +103,7 @@ if triton is not None:
             grad_weight = tl.sum(sums, axis=0).to(grad_weight_ptr.dtype.element_ty)
             tl.store(grad_weight_ptr + block, grad_weight, mask=within)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_rows"])
     def _backward_rows(
         grad_y_ptr, grad_sum_ptr, x_ptr, weight_ptr, rstd_ptr, grad_x_ptr, partial_ptr,
         num_rows, num_columns, grad_y_stride, grad_sum_stride, x_stride,
@@ -222,7 +222,7 @@ def launch_backward(
     flat_sum = flat_grad if grad_sum is None else device.rows_of(grad_sum)
     strides = (flat_grad.stride(0), flat_sum.stride(0), flat.stride(0))
     launched, num_sums = _launches(
-        settings, x.device, num_rows, num_columns, strides, (offset, rounds_first), grad_sum is not None
+        settings, device.of(x), num_rows, num_columns, strides, (offset, rounds_first), grad_sum is not None
     )
     if num_sums:
         partial = torch.empty(num_sums, num_columns, dtype=torch.float32, device=x.device)

@@ -54,7 +54,7 @@ if triton is not None:
         y = normalized * (weight.to(tl.float32) + OFFSET)[None, :]
         tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=there)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["num_rows"])
     def _forward_rows(
         x_ptr, residual_ptr, weight_ptr, y_ptr, sum_ptr, rstd_ptr,
         num_rows, num_columns, x_stride, residual_stride, eps,
@@ -177,7 +177,7 @@ def launch(
         strides = (flat.stride(0), added.stride(0))
         kind = (eps, offset, rounds_first)
         launched = _launches(
-            settings, x.device, num_rows, num_columns, strides, kind, residual is not None, saves
+            settings, device.of(x), num_rows, num_columns, strides, kind, residual is not None, saves
         )  # fmt: skip
         launched(flat, added, weight, y, total, rstd)
     return y, total, rstd

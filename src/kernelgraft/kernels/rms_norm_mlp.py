@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import activation, rms_norm
+from . import activation, first_steps, rms_norm
 from .few_tokens import Norm
 from .gated_mlp import activation_of, linear, merged, run
 
@@ -41,6 +41,10 @@ class RMSNormMLPLayout(nn.Module):
         self.scale = nn.Parameter(torch.empty_like(norm.weight))
         self.gate_up_proj = merged(mlp.gate_proj, mlp.up_proj)
         self.down_proj = linear(mlp.down_proj, mlp.down_proj.out_features)
+
+    def prepare_kernels(self, device: torch.device) -> None:
+        """See `first_steps`."""
+        first_steps.prepare(self, device, self.gate_up_proj.weight, lambda x: [RMSNormMLP.forward(self, x)])  # type: ignore[arg-type]
 
 
 class RMSNormMLP(nn.Module):

@@ -4,6 +4,7 @@ import torch
 
 from . import device
 from .add_rows import add_rows
+from .launching import run
 from .rotary_kernels import batch_strides, dense, settings
 
 try:
@@ -68,7 +69,7 @@ if triton is not None:
             tl.store(partial_ptr + columns, low_sum, mask=inside)
             tl.store(partial_ptr + HALF + columns, high_sum, mask=inside)
 
-    @triton.jit(do_not_specialize=["num_rows", "num_tokens"])
+    @triton.jit(do_not_specialize=["num_rows", "num_tokens", "num_q_programs", "num_k_programs", "num_v_programs"])
     def _backward(
         grad_q_ptr, grad_k_ptr, grad_v_ptr, qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr,
         grad_qkv_ptr, partial_ptr,
@@ -137,20 +138,19 @@ def launch_backward(
     if not num_rows:
         return grad_qkv, *_no_gradients(q_weight, k_weight, grad_q)
     heads = (num_heads, num_kv_heads, num_kv_heads)
-    chosen = settings(num_rows, heads, head_dim, device.num_multiprocessors(grad_q.device), True)
+    chosen = settings(num_rows, heads, head_dim, device.num_multiprocessors(device.of(grad_q)), True)
     num_q, num_k, _ = chosen.num_programs
     partial = torch.empty(num_q + num_k if norms else 0, head_dim, dtype=torch.float32, device=grad_q.device)
-    with torch.cuda.device_of(grad_q):
-        _backward[(sum(chosen.num_programs),)](
-            grad_q, grad_k, grad_v, rows, cos, sin,
-            cos if q_weight is None else q_weight.contiguous(), cos if k_weight is None else k_weight.contiguous(),
-            grad_qkv, partial, num_rows, num_tokens, num_heads, num_kv_heads, *chosen.num_programs,
-            rows.stride(0), rows.stride(1), *batch_strides(cos), *batch_strides(sin),
-            *grad_q.stride()[:3], *grad_k.stride()[:3], *grad_v.stride()[:3], eps,
-            NORMS=norms, OFFSET=offset, ROUNDS_FIRST=rounds_first,
-            HALF=head_dim // 2, COLUMNS=chosen.columns, TOKENS=chosen.tokens, HEADS=chosen.heads,
-            num_warps=chosen.num_warps,
-        )  # fmt: skip
+    run(
+        _backward, (sum(chosen.num_programs),), grad_q, grad_k, grad_v, rows, cos, sin,
+        cos if q_weight is None else q_weight.contiguous(), cos if k_weight is None else k_weight.contiguous(),
+        grad_qkv, partial, num_rows, num_tokens, num_heads, num_kv_heads, *chosen.num_programs,
+        rows.stride(0), rows.stride(1), *batch_strides(cos), *batch_strides(sin),
+        *grad_q.stride()[:3], *grad_k.stride()[:3], *grad_v.stride()[:3], eps,
+        NORMS=norms, OFFSET=offset, ROUNDS_FIRST=rounds_first,
+        HALF=head_dim // 2, COLUMNS=chosen.columns, TOKENS=chosen.tokens, HEADS=chosen.heads,
+        num_warps=chosen.num_warps,
+    )  # fmt: skip
     if q_weight is None or k_weight is None:
         return grad_qkv, *_no_gradients(None, None, grad_q)
     return grad_qkv, add_rows(partial[:num_q], q_weight.dtype), add_rows(partial[num_q:], k_weight.dtype)

@@ -111,7 +111,9 @@ if triton is not None:
             tl.store(out_ptr + to, low.to(out_ptr.dtype.element_ty), mask=mask)
             tl.store(out_ptr + to + HALF, high.to(out_ptr.dtype.element_ty), mask=mask)
 
-    @triton.jit(do_not_specialize=["num_rows", "num_tokens", "num_slots"])
+    @triton.jit(
+        do_not_specialize=["num_rows", "num_tokens", "num_slots", "num_q_programs", "num_k_programs", "num_v_programs"]
+    )
     def _forward(
         qkv_ptr, cos_ptr, sin_ptr, q_weight_ptr, k_weight_ptr, q_ptr, k_ptr, v_ptr, position_ptr,
         num_rows, num_tokens, num_heads, num_kv_heads, num_slots, num_q_programs, num_k_programs, num_v_programs,
@@ -306,7 +308,7 @@ def _launch(qkv, cos, sin, q_weight, k_weight, q, k, v, position, copies, eps, o
         *qkv.stride()[:2], *batch_strides(cos), *batch_strides(sin), *q.stride()[:3], *k.stride()[:3], *v.stride()[:3]
     )  # fmt: skip
     launch = _launches(
-        settings, qkv.device, (num_rows, num_tokens), (num_heads, num_kv_heads, num_kv_heads if copies else 0),
+        settings, device.of(qkv), (num_rows, num_tokens), (num_heads, num_kv_heads, num_kv_heads if copies else 0),
         head_dim, k.shape[2], strides, (eps, offset, rounds_first) if norms else None,
         dtypes(qkv, cos, q_weight, rounds_first)[0], position is not None,
     )  # fmt: skip
