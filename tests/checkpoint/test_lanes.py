@@ -7,6 +7,8 @@ import os
 import resource
 import struct
 import sys
+import threading
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -240,6 +242,43 @@ def test_either_way_tensors_are_filled(granted, weights, monkeypatch):
             assert all(torch.equal(out, wanted) for out, wanted in zip(outs, layouts(tensors), strict=True))
     assert (StreamingLane in ran) == granted
     assert bool(ran & {ReadingLane, RegisteringLane}) != granted
+
+
+def test_a_device_copies_by_itself_only_what_its_own_thread_has_registered(weights, monkeypatch):
+    """Another thread, to which some of the same pages go, has them for a while, and takes them away."""
+    for name, number in {"CHUNK": 1 << 13, "REGISTERED": 1 << 15, "REGISTERING": 3, "READING": 0}.items():
+        monkeypatch.setattr(device, name, number)
+    monkeypatch.setattr(device, "ring_for_another", lambda _: (_ for _ in ()).throw(RingError("no")))
+    tensors, checkpoint = weights
+    mine, strange, real_copy = threading.local(), [], torch.Tensor.copy_
+    mapped = checkpoint.files[0].shared
+
+    def copy(self, source, **kwargs):
+        begin = source.data_ptr() - mapped.address
+        if 0 <= begin < mapped.nbytes:
+            low, high = mine.registered
+            if not low <= begin <= begin + source.nbytes <= high:
+                strange.append((begin, source.nbytes, low, high))
+        return real_copy(self, source, **kwargs)
+
+    with made_up_device(monkeypatch):
+        real = device.registered
+
+        @contextmanager
+        def register(address, nbytes, *args, **kwargs):
+            mine.registered = address - mapped.address, address - mapped.address + nbytes
+            with real(address, nbytes, *args, **kwargs):
+                yield
+
+        monkeypatch.setattr(device, "registered", register)
+        monkeypatch.setattr(torch.Tensor, "copy_", copy)
+        names = [*tensors, "a.1", "b.2"]
+        assert all(
+            torch.equal(out, tensors[name])
+            for name, out in zip(names, fill([checkpoint[name] for name in names]), strict=True)
+        )
+        monkeypatch.undo()
+    assert strange == []
 
 
 def test_only_who_looks_for_it_is_told(granted, weights, monkeypatch, caplog):

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 import kernelgraft
 import tiny
 from kernelgraft import preparing as engine
-from kernelgraft.kernels import first_steps, launching
+from kernelgraft.kernels import first_steps, launching, linear_cross_entropy
 
 pytestmark = pytest.mark.transformers
 
@@ -47,7 +47,7 @@ def looked_up(monkeypatch):
 def test_what_a_step_launches_was_prepared(monkeypatch, looked_up, in_triton, name, trains):
     prepared, launched = looked_up
     monkeypatch.setattr(engine, "_is_gpu", lambda device: device.type == "cpu")
-    monkeypatch.setattr(first_steps, "STEPS", {False: (1, 5, 70), True: (6,)})
+    monkeypatch.setattr(first_steps, "STEPS", {False: (1, 3, 5, 70), True: (6,)})
     kind, config = CONFIGS[name]
     model = tiny.model(kind).train(trains)
     kernelgraft.graft(model, config)
@@ -62,6 +62,23 @@ def test_what_a_step_launches_was_prepared(monkeypatch, looked_up, in_triton, na
     assert launched
     strange = {each for each in launched if each not in prepared}
     assert not strange, f"{strange} are launched, and not among {prepared}"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU what is loaded is counted")
+def test_in_training_the_loss_is_computed_before_as_the_model_computes_it(monkeypatch, looked_up, in_triton):
+    _, launched = looked_up
+    monkeypatch.setattr(engine, "_is_gpu", lambda device: device.type == "cpu")
+    monkeypatch.setattr(linear_cross_entropy, "_ROWS", 8)
+    monkeypatch.setattr(linear_cross_entropy, "_CLASSES", tiny.DECODER["vocab_size"])
+    config = {("Linear", "lm_head"): "kernelgraft.kernels:LinearCrossEntropy"}
+    kernelgraft.graft(tiny.model("llama"), config)
+    assert not launched
+    model = tiny.model("llama").train()
+    kernelgraft.graft(model, config)
+    (before,) = launched
+    inputs = tiny.inputs("llama", batch=2, length=40)
+    model(**inputs, labels=inputs["input_ids"], use_cache=False).loss.backward()
+    assert launched == {before}
 
 
 def test_outside_of_it_the_meta_device_is_as_ever():

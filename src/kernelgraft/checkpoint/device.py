@@ -352,8 +352,11 @@ class RegisteringLane(_DeviceLane):
             stop = start + nbytes
             for begin, end in ((start, min(stop, low)), (max(start, low), min(stop, high)), (max(start, high), stop)):
                 if begin < end:
-                    at = position + begin - start
-                    target[at : at + end - begin].copy_(mapped.bytes[begin:end], non_blocking=True)
+                    at, source = position + begin - start, mapped.bytes[begin:end]
+                    if begin < low or end > high:
+                        # Another thread may have that page registered, and take it away while it is copied.
+                        source = source.clone()
+                    target[at : at + end - begin].copy_(source, non_blocking=True)
             position += nbytes
         if not isinstance(read, Straight):
             read.place(target)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .cross_entropy import for_autocast, linear_cross_entropy
+from .cross_entropy import for_autocast
 from .lazy_logits import lazy_logits
 
 FEW_ROWS = 64
@@ -38,7 +38,7 @@ class LinearCrossEntropyLayout(nn.Module):
         return cls(module.in_features, module.out_features, module.bias is not None)
 
     def prepare_kernels(self, device: torch.device) -> None:
-        """Compute a loss and its gradients once, of so many rows and classes that the library multiplies them as more.
+        """Compute a loss as models do, and its gradients, of so many rows and classes that products are those of more.
 
         Inference has no kernels here.
         """
@@ -48,7 +48,8 @@ class LinearCrossEntropyLayout(nn.Module):
         hidden = torch.zeros(_ROWS, self.weight.shape[1], **like).requires_grad_()
         weight = torch.zeros(_CLASSES, self.weight.shape[1], **like).requires_grad_()
         target = torch.zeros(_ROWS, dtype=torch.int64, device=device)
-        torch.autograd.grad(linear_cross_entropy(hidden, weight, target), (hidden, weight))
+        logits = lazy_logits(hidden, weight, None).float()
+        torch.autograd.grad(nn.functional.cross_entropy(logits, target), (hidden, weight))
 
 
 class LinearCrossEntropy(nn.Module):
