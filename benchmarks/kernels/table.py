@@ -125,9 +125,9 @@ class Found:
 
 
 def judge(rows: Sequence[Row]) -> list[Judged]:
-    """Every line of the issue's table that a run has a part in."""
-    found = Found(rows)
-    return [each for work in found.works for each in _JUDGES[rows[0]["row"]](found, work)]
+    """Every line of the issue's table that a run has a part in; thresholds have none."""
+    found, of_row = Found(rows), _JUDGES.get(rows[0]["row"])
+    return [] if of_row is None else [each for work in found.works for each in of_row(found, work)]
 
 
 def _rms_norm(found: Found, work: str) -> Iterator[Judged]:

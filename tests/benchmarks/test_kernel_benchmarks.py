@@ -112,6 +112,17 @@ def test_rms_norm_mlp(run):
     assert set(by_variant(rows)) == {"eager", "merged", "compile", "liger", "ours"}
 
 
+def test_thresholds(run):
+    from kernelgraft.kernels import cross_entropy, few_tokens
+
+    before = few_tokens.MAX_TOKENS, cross_entropy.BUFFER
+    code, rows = run("thresholds")
+    assert code == 0
+    assert_all_measured(rows)
+    assert {"eager", "ours, by kernels", "ours, by the library", "ours, as it is"} <= set(by_variant(rows))
+    assert before == (few_tokens.MAX_TOKENS, cross_entropy.BUFFER)
+
+
 def test_a_grafted_kernel_is_measured(run, ours):
     ours("RMSNormMLP")
     code, rows = run("rms_norm_mlp", "--variants", "ours")
