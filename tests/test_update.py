@@ -60,6 +60,13 @@ def test_part_of_it_reports_what_is_left(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_of_nothing_all_is_left_in_the_original_s_order(kind):
+    twin, _, graft = pair(kind)
+    names = [name for name, _ in twin.named_parameters(remove_duplicate=False)]
+    assert graft.update({}) == graft.update(iter([])) == names
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_named_parameters_of_an_untouched_model_are_all_of_it(kind):
     _, model, graft = pair(kind)
     other = twins.untouched(kind, seed=1)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
 from torch.nn.utils import parametrize, prune
 
+import kernelgraft
 import twins
 import zoo
 from kernelgraft.errors import GraftError
@@ -139,6 +140,60 @@ def test_parameters_that_were_tied_since():
     model.head.weight = model.embed.weight
     assert "head.weight" not in graft.update({"embed.weight": torch.ones(zoo.H, zoo.H)})
     assert "embed.weight" not in graft.update({"head.weight": torch.ones(zoo.H, zoo.H)})
+
+
+class Scaled(nn.Module):
+    """Has a bias from the first checkpoint on that has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(zoo.H))
+        self.register_parameter("bias", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        if f"{prefix}bias" in state_dict:
+            self.bias = nn.Parameter(torch.zeros(zoo.H))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def forward(self, x):
+        return x * self.weight if self.bias is None else x * self.weight + self.bias
+
+
+class ScalingLayout(nn.Module):
+    packing = {"scale": "weight"}
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.empty(zoo.H))
+
+
+class Scaling(nn.Module):
+    def forward(self, x):
+        return x * self.scale
+
+
+def test_a_parameter_that_an_original_has_since_it_was_loaded():
+    with kernelgraft.recorded():
+        model = nn.Sequential(Scaled())
+    graft = kernelgraft.graft(model, {"Scaled": Scaling}, example_inputs=zoo.inputs())
+    assert graft.update({}) == ["0.weight"]
+    model.load_state_dict({"0.weight": torch.ones(zoo.H), "0.bias": torch.ones(zoo.H)})
+    assert graft.update({}) == ["0.weight", "0.bias"]
+    assert graft.update({"0.bias": torch.full((zoo.H,), 2.0)}) == ["0.weight"]
+    assert model.state_dict()["0.bias"].eq(2).all()
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "mix.k.weight"])
+def test_a_parameter_that_is_pruned_once_it_was_written(name):
+    _, model, graft = pair("zoo")
+    module, packed = (model.norm, "scale") if name == "norm.weight" else (model.mix.qkv, "weight")
+
+    def stream():
+        yield name, torch.ones_like(model.state_dict()[name])
+        prune.identity(module, packed)
+
+    left = graft.update(stream())
+    assert left == [each for each, _ in zoo.model().named_parameters() if each != name]
 
 
 NAMES = ("mix.k.weight", "norm.weight", "wide.both.weight", "embed.weight", "legacy.bias")

@@ -19,7 +19,7 @@ from kernelgraft.conversion.lazy import LazyTensor, parameter
 from kernelgraft.conversion.program import Part, Program
 from kernelgraft.layouts import Made, put_value
 from kernelgraft.slot import CALL_HOOKS, KEY, STATE_HOOKS, GraftedModule, Site, Slot, add_stubs
-from kernelgraft.tree import module_at, put_tensor, tensor_at
+from kernelgraft.tree import module_at, parameter_names, put_tensor, tensor_at
 
 _CHECKPOINTING = "gradient_checkpointing"
 _NO_SWITCHES = {*vars(nn.Module()), "forward"}
@@ -56,6 +56,7 @@ def install_site(model: nn.Module, prepared: PreparedSite) -> tuple[Site, dict[s
     for index, (path, member, key) in enumerate(zip(paths, members, keys, strict=True)):
         parts = _parts_of(program, index, path)
         slot = Slot(path, site, member, layout, parts)
+        slot.names = parameter_names(member)
         slot.lost = {name: tensor_at(member, name).detach() for name, part in parts.items() if part.kind == "lost"}
         _empty(member, parts)
         slots.append(slot)

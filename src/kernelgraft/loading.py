@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
 from kernelgraft.errors import GraftError
-from kernelgraft.tree import put_tensor, tensor_at
+from kernelgraft.tree import parameter_names, put_tensor, tensor_at
 
 if TYPE_CHECKING:
     from kernelgraft.slot import Slot
@@ -138,6 +138,7 @@ def _keep_assigned(slot: "Slot", tree: nn.Module) -> None:
             for name, tensor in registry.items():
                 if (f"{path}.{name}" if path else name) not in slot.parts:
                     own[name] = tensor
+    slot.names = parameter_names(slot.skeleton)
 
 
 def _refuse_distributed(slot: "Slot", state_dict: dict[str, Any], prefix: str, error_msgs: list[str]) -> bool:

@@ -107,6 +107,7 @@ class Slot:
         skeleton: The original module; parameters that were taken over are empty, all else is as it was.
         layout: The module that holds the packed parameters (the slot's own module, or the host that absorbed it).
         parts: For each original parameter that was taken over, how it reads from the packed ones.
+        names: The original's parameters, taken over or not, in its order; none where it was only rebound.
         before: On a host, the slots whose output flows into it, in order.
         is_behind: Whether the host's output flows into this slot.
         lost: While a graft is being made, the values of originals that cannot be had back from the packed ones.
@@ -120,6 +121,7 @@ class Slot:
         self.skeleton = skeleton
         self.layout = layout
         self.parts = dict(parts)
+        self.names: tuple[str, ...] = ()
         self.before: tuple[Slot, ...] = ()
         self.is_behind = False
         self.lost: dict[str, torch.Tensor] = {}

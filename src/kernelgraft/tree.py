@@ -39,6 +39,15 @@ def put_tensor(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     registry[last] = tensor
 
 
+def parameter_names(module: nn.Module, prefix: str = "") -> tuple[str, ...]:
+    """The names that `named_parameters(remove_duplicate=False)` gives, read from torch's registries alone."""
+    found = tuple(prefix + name for name, tensor in module._parameters.items() if tensor is not None)
+    for name, child in module._modules.items():
+        if child is not None:
+            found += parameter_names(child, f"{prefix}{name}.")
+    return found
+
+
 def saved_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     """Parameters and persistent buffers under the names of `state_dict()`, whose hooks are not run."""
     found: dict[str, torch.Tensor] = {}

@@ -10,7 +10,7 @@ EPYC, lightly shared: fully shared it was 18; torch 2.13.0+cpu, Python 3.11, 202
 
 import difflib
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.conversion.part import Part, Reading, apply, fit_for
 from kernelgraft.errors import ConversionError, GraftError
 from kernelgraft.slot import KEY, Slot
+from kernelgraft.tree import tensor_at
 
 Weights = Mapping[str, torch.Tensor] | Iterable[tuple[str, torch.Tensor]] | str | os.PathLike[str]
 """Tensors under original names, or the place of a checkpoint that has them."""
@@ -160,39 +161,52 @@ def _packed(slot: Slot, part: Part, reading: Reading) -> torch.Tensor:
         ) from None
 
 
-def _parameters(model: nn.Module) -> dict[str, torch.Tensor | tuple[Slot, Part]]:
-    """Every original parameter, under each of its names if it is tied, or the part that it is of packed ones."""
+def _parameters(model: nn.Module, but: Container[str] = ()) -> dict[str, torch.Tensor | tuple[Slot, Part]]:
+    """Every original parameter, under each of its names if it is tied, or the part that it is of packed ones.
+
+    Args:
+        model: The model.
+        but: Names that are left out.
+    """
     found: dict[str, torch.Tensor | tuple[Slot, Part]] = {}
 
-    def collect(module: nn.Module, prefix: str, slot: Slot | None, local: str) -> None:
-        here = module.__dict__.get(KEY)
-        if here is not None and here.skeleton is not module:
-            slot, module, local = here, here.skeleton, ""
-        for name, tensor in module._parameters.items():
-            part = None if slot is None else slot.parts.get(local + name)
-            if slot is not None and part is not None:
-                found[prefix + name] = slot, part
-            elif tensor is not None:
-                found[prefix + name] = tensor
-        for name, child in module._modules.items():
+    def collect(module: nn.Module, prefix: str) -> None:
+        own = module.__dict__
+        slot = own.get(KEY)
+        if slot is not None and slot.skeleton is not module:
+            for name in slot.names:
+                if (path := prefix + name) not in but:
+                    part = slot.parts.get(name)
+                    found[path] = tensor_at(slot.skeleton, name) if part is None else (slot, part)
+            return
+        for name, tensor in own["_parameters"].items():
+            if tensor is not None and (path := prefix + name) not in but:
+                found[path] = tensor
+        for name, child in own["_modules"].items():
             if child is not None:
-                collect(child, f"{prefix}{name}.", slot, local if slot is None else f"{local}{name}.")
+                collect(child, f"{prefix}{name}.")
 
-    collect(model, "", None, "")
+    collect(model, "")
     return found
 
 
 def _left(model: nn.Module, names: set[str]) -> list[str]:
     """The parameters that were written under none of their names."""
-    known = _parameters(model)
-    left = [name for name in known if name not in names]
-    if not left:
-        return left
-    written = {id(tensor) for name in names if (tensor := _tensor(known.get(name))) is not None}
-    return [name for name in left if id(_tensor(known[name])) not in written]
+    left = _parameters(model, but=names)
+    written = {id(tensor) for name in names if (tensor := _whole_at(model, name)) is not None} if left else set()
+    return [name for name, place in left.items() if id(_tensor(place)) not in written]
 
 
-def _tensor(place: torch.Tensor | tuple[Slot, Part] | None) -> torch.Tensor | None:
+def _whole_at(model: nn.Module, name: str) -> torch.Tensor | None:
+    """The one tensor, if there is one, that a name stands for the whole of."""
+    try:
+        place = _find(model, name)
+    except GraftError:  # it was written, and has been parametrized or pruned since
+        return None
+    return None if isinstance(place, tuple) else place
+
+
+def _tensor(place: torch.Tensor | tuple[Slot, Part]) -> torch.Tensor | None:
     """The one tensor, if there is one, of which a parameter is the whole."""
     if not isinstance(place, tuple):
         return place
