@@ -49,12 +49,6 @@ def _products(asked: argparse.Namespace, hidden: int, inner: int) -> Iterator[Wo
             "ours, by the library": {"few_tokens.MAX_TOKENS": 0},
         }
         yield _mlp(f"{count} tokens", ways, x[:count], scale, gate_up, down)
-    for count in (2, 3) if asked.tiny else (2, 4, 8, 16):
-        ways = {
-            "ours, normed in the product": {"few_tokens_kernels.NORMED_TOKENS": 64},
-            "ours, normed before": {"few_tokens_kernels.NORMED_TOKENS": 1},
-        }
-        yield _mlp(f"{count} tokens and their norm", ways, x[:count], scale, gate_up, down)
     columns = (32, 64) if asked.tiny else (128, 256, 512, 1024)
     for count in (5,) if asked.tiny else (8, 64):
         ways = {f"ours, {each} columns": {"few_tokens_kernels._ADDED_COLUMNS": each} for each in columns}

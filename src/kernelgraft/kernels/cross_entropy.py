@@ -20,7 +20,9 @@ from .cross_entropy_rows import Formula, launch_rows, reference_rows, wide
 BUFFER = 1 << 29
 """Bytes that a chunk of logits may take. Each chunk reads and writes the weight's gradient once, 8 * V * H bytes beside
 a product of 2 * n * V * H operations for it: at 700 TFLOP/s and 3.5 TB/s that costs 267 / n of the three products'
-time, so 16% for the 1680 rows that fit at V 151936 in bfloat16. Computed, and to be measured."""
+time, so 16% for the 1680 rows that fit at V 151936 in bfloat16. Loss and gradients of 8192 rows, H 1024 take 13.6 ms
+on an H200 (torch 2.11, 2026-11-29), with a quarter of the bytes 19.6, half 15.0, twice as many 13.0, four times 12.5.
+"""
 
 
 def chunk_rows(num_rows: int, num_columns: int, itemsize: int, most: int) -> int:
@@ -71,7 +73,7 @@ def run(
         upstream = upstream.to(wider).contiguous()
     loss = torch.empty(num_rows, dtype=wider, device=hidden.device)
     grad_hidden, grad_weight, grad_bias = _outputs(hidden, weight, needs)
-    # Rows that begin where 32 bytes do are loaded and multiplied faster: to be measured.
+    # Rows that begin where 32 bytes do are loaded and stored 16 bytes at a time.
     stride = -(-num_columns // 16) * 16
     # In plain torch a row also has about eight tensors of its length on the way.
     rows = chunk_rows(num_rows, stride, hidden.element_size(), BUFFER if in_triton else BUFFER // 8)

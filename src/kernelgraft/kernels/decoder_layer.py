@@ -16,7 +16,7 @@ from . import device, first_steps
 from .few_tokens import Norm, product, taken, takes
 from .gated_mlp import run, weights_of
 from .rms_norm import add_rms_norm
-from .rms_norm_attention import RMSNormAttentionLayout, attended, attended_on_meta
+from .rms_norm_attention import RMSNormAttentionLayout, attend_once, attended, attended_on_meta
 from .rms_norm_mlp import RMSNormMLPLayout
 
 _READ = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -89,6 +89,7 @@ class DecoderLayerLayout(nn.Module):
             out, *states = attended_on_meta(attention, x)
             return [_behind(self, out, x), *states]
 
+        attend_once(attention, device)
         first_steps.prepare(self, device, weights_of(attention.qkv_proj)[0], step)
 
 

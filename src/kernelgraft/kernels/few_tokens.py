@@ -18,7 +18,9 @@ from .product_parts import Norm
 __all__ = ["MAX_TOKENS", "Norm", "launch", "product", "reference", "taken", "takes"]
 
 MAX_TOKENS = 64
-"""Up to so many tokens; with more, the library's products are bound by arithmetic. To be measured."""
+"""Up to so many tokens. The MLP with H 1024, I 3072 takes 19.1 us for 64 and by the library 22.5, for 96 23.4 and 23.2;
+with H 4096, I 12288 83.4 and 89.5 for 32, 98.5 and 93.3 for 64, 118 and 96.1 for 96 (an H200 in bfloat16, torch 2.11,
+Triton 3.6, 2026-11-29)."""
 
 
 # --- the operator: what compilers see. It has no gradient; `product` uses it where none is recorded.

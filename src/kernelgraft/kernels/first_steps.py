@@ -13,8 +13,8 @@ from torch import nn
 
 from . import device
 
-STEPS = {False: (1, 4, 16, 512, 4096), True: (512, 8192)}
-"""Tokens of the steps, for inference and for training: one, some that products normalize or do not, and many."""
+STEPS = {False: (1, 16, 512, 4096), True: (512, 8192)}
+"""Tokens of the steps, for inference and for training: one, some, and many."""
 
 
 def prepare(

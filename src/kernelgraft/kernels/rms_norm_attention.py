@@ -117,6 +117,7 @@ class RMSNormAttentionLayout(nn.Module):
             out, *states = attended_on_meta(self, x)
             return [product(out, *weights_of(self.o_proj)), *states]
 
+        attend_once(self, device)
         first_steps.prepare(self, device, weights_of(self.qkv_proj)[0], step)
 
 
@@ -254,6 +255,22 @@ def attended_on_meta(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tens
             ):
                 decode_attention.attend_longer(*(*rotation, self.head_kind, held, held, self.scaling))
     return q.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1), k, v
+
+
+def attend_once(self: Any, of: torch.device) -> None:
+    """Call the library's attention on a few zeros, if it is torch's: that too has code to load."""
+    library = attention_code.library()
+    attend = library.functions.get_interface(self.config._attn_implementation, self.eager_attention_forward)
+    if attend is not library.sdpa:
+        return
+    weight, last = weights_of(self.qkv_proj)[0], weights_of(self.o_proj)[0]
+    num_heads, rows = last.shape[1] // self.head_dim, weight.shape[0] // self.head_dim
+    q, k = (
+        torch.zeros(1, each, 16, self.head_dim, dtype=weight.dtype, device=of)
+        for each in (num_heads, (rows - num_heads) // 2)
+    )
+    with torch.no_grad():
+        attend(self, q, k, k, None, dropout=0.0, scaling=self.scaling, **self.options)
 
 
 def _decoded(

@@ -157,9 +157,9 @@ def settings(num_rows: int, num_columns: int, num_multiprocessors: int, overlaps
     rows, columns, tiles = tiled(num_rows, num_columns, num_multiprocessors)
     if num_rows <= num_multiprocessors:
         # With a program for each row there are as many rows of sums: to write and read those in float32 moves no less
-        # than to read x and the gradient of y again, and takes a second launch: 32 x 4096 8.3, where torch.compile has
-        # 7.3. One launch is to be measured, and so is what is chosen for it: at least 128 bytes of each row for a
-        # program, as many elements as other programs have, and 16 or so for a thread.
+        # than to read x and the gradient of y again, and takes a second launch: 32 x 4096 8.3, so 5.8, where
+        # torch.compile has 7.5. At least 128 bytes of each row are a program's, as many elements as other programs
+        # have, and 16 or so a thread's.
         block_columns = max(64, triton.next_power_of_2(triton.cdiv(num_columns, num_multiprocessors)))
         block_columns = min(block_columns, columns)
         block_rows = min(triton.next_power_of_2(num_rows), max(4096 // block_columns, 1))
