@@ -1,5 +1,7 @@
 """What a first step launches has been loaded before, in the very forms in which it is launched."""
 
+import inspect
+
 import pytest
 import torch
 from drawn import DEVICE
@@ -10,6 +12,7 @@ import kernelgraft
 import tiny
 from kernelgraft import preparing as engine
 from kernelgraft.kernels import first_steps, launching, linear_cross_entropy
+from kernelgraft.verify._drawing import cache_name
 
 pytestmark = pytest.mark.transformers
 
@@ -26,15 +29,34 @@ CONFIGS = {
 }
 
 
+FREE = {"num_rows", "num_tokens", "num_slots", "num_keys", "num_splits", "mask_batch", "mask_head"}
+FREE |= {"num_q_programs", "num_k_programs", "num_v_programs"}
+"""Numbers of which kernels know nothing when they are compiled."""
+
+
+def form(name, parameter, value):
+    """What Triton compiles for: of a number whether it is 1, or a multiple of 16."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype
+    if "constexpr" in str(parameter.annotation):
+        return value
+    if not isinstance(value, int) or name in FREE:
+        return type(value)
+    return 1 if value == 1 else value % 16 == 0
+
+
 @pytest.fixture
 def looked_up(monkeypatch):
-    """What Triton is asked for, and whether it is to run: by kernel, dtypes, what is not a pointer, and options."""
+    """The forms of kernels that Triton is asked for: those that shall be there, and those that shall run."""
     prepared, launched = set(), set()
     real = launching._run_or_load
 
     def note(kernel, grid, args, options):
-        shown = tuple(each.dtype if isinstance(each, torch.Tensor) else each for each in args)
-        (prepared if args[0].is_meta else launched).add((kernel.fn.__name__, shown, *sorted(options.items())))
+        given = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in options.items() if k.isupper()})
+        parameters = given.signature.parameters
+        forms = tuple(form(name, parameters[name], value) for name, value in given.arguments.items())
+        others = sorted((k, v) for k, v in options.items() if not k.isupper())
+        (prepared if args[0].is_meta else launched).add((kernel.fn.__name__, forms, *others))
         return real(kernel, grid, args, options)
 
     monkeypatch.setattr(launching, "_run_or_load", note)
@@ -62,6 +84,24 @@ def test_what_a_step_launches_was_prepared(monkeypatch, looked_up, in_triton, na
     assert launched
     strange = {each for each in launched if each not in prepared}
     assert not strange, f"{strange} are launched, and not among {prepared}"
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU what is loaded is counted")
+@pytest.mark.parametrize("length", [5, 60, 120, 260])
+def test_so_is_what_decodes(monkeypatch, looked_up, in_triton, length):
+    """With a cache that grows; the interpreter is slow, so there is one layer, without a prompt that is many tokens."""
+    prepared, launched = looked_up
+    monkeypatch.setattr(engine, "_is_gpu", lambda device: device.type == "cpu")
+    monkeypatch.setattr(first_steps, "STEPS", {False: (1,), True: ()})
+    model = tiny.model("qwen3", head_dim=64, num_hidden_layers=1, max_position_embeddings=512)
+    graft = kernelgraft.graft(model, CONFIGS["layers"][1])
+    with torch.no_grad():
+        with graft.reference():
+            cache = model(**tiny.inputs("qwen3", batch=1, length=length)).past_key_values
+        launched.clear()
+        model(**tiny.inputs("qwen3", batch=1, length=1), **{cache_name(model): cache})
+    assert "_decode_split" in {name for name, *_ in launched}
+    assert launched <= prepared
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU what is loaded is counted")

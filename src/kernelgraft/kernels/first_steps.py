@@ -13,8 +13,8 @@ from torch import nn
 
 from . import device
 
-STEPS = {False: (1, 16, 512, 4096), True: (512, 8192)}
-"""Tokens of the steps, for inference and for training: one, some, and many."""
+STEPS = {False: (1, 8, 16, 512, 4096), True: (512, 8192)}
+"""Tokens of the steps, for inference and for training: one, some (see `few_tokens`), and many."""
 
 
 def prepare(

@@ -25,8 +25,8 @@ from .rms_norm_kernels import MAX_COLUMNS
 from .rotary import rotate, rotate_into
 from .rotary_kernels import dtypes
 
-_NUM_KEYS = (64, 512)
-"""Keys of the decoding that is prepared: few, and so many that parts of them are attended to side by side."""
+_NUM_KEYS = (8, 100, 250, 500)
+"""Keys of the decoding that is prepared: in one part, and in 4, 8 and 16 that are attended to side by side."""
 
 
 def _layer(library: Library, cache: Any, layer_idx: int) -> Any:
