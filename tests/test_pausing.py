@@ -52,3 +52,23 @@ def test_threads_that_overlap_leave_it_on():
         thread.join()
         assert not gc.isenabled()
     assert gc.isenabled()
+
+
+def test_what_was_made_meanwhile_counts_as_old():
+    gc.collect()
+    with collector_paused():
+        made = [[] for _ in range(10_000)]
+    assert gc.get_count()[0] < 1_000
+    old = {id(each) for each in gc.get_objects(generation=2)}
+    assert all(id(each) in old for each in made)
+
+
+def test_what_the_caller_has_frozen_stays_so():
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with collector_paused():
+            pass
+        assert gc.get_freeze_count() == frozen > 0
+    finally:
+        gc.unfreeze()

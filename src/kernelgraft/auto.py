@@ -206,8 +206,8 @@ def _loading_class(cls: Any, load: _Load) -> Any:
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:
         info = cls._finalize_model_loading(model, load_config, loading_info)
         if load.blueprint is not None:
-            model.eval()  # as Transformers leaves it: what is prepared is what will run
-            load.graft = apply_blueprint(model, load.blueprint, load.ready)
+            # Transformers leaves it in eval mode, but later.
+            load.graft = apply_blueprint(model, load.blueprint, load.ready, trains=False)
             # While Transformers goes on, it must not find our `use_kernels`, which it would switch off.
             model.__class__ = loading
             load.stack.enter_context(load.graft.packed_names())

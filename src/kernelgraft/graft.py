@@ -505,8 +505,13 @@ def _reduce_root(self: nn.Module, _: Any) -> Any:
 # --- applying
 
 
-def apply_blueprint(model: nn.Module, blueprint: Blueprint, ready: Reading | None = None) -> Graft:
-    """Carry a blueprint out, all or nothing, and log one line about it; `ready` as in `materialize`."""
+def apply_blueprint(
+    model: nn.Module, blueprint: Blueprint, ready: Reading | None = None, *, trains: bool | None = None
+) -> Graft:
+    """Carry a blueprint out, all or nothing, and log one line about it; `ready` as in `materialize`.
+
+    With `trains` kernels are prepared for that mode, and not for the one that each module is in.
+    """
     graft = Graft(model, blueprint.plan)
     graft.asked = described(blueprint.config)
     grafted_class = root_class(type(model))
@@ -519,7 +524,7 @@ def apply_blueprint(model: nn.Module, blueprint: Blueprint, ready: Reading | Non
             for function in blueprint.functions:
                 site, modules = rebind_function(model, function)
                 installed.append(Installed(site, function.asked, (function.key,), modules, device))
-        with preparing(layout for each in installed for layout in each.layouts):
+        with preparing((layout for each in installed for layout in each.layouts), trains):
             materialize(model, ready)
     except BaseException:
         for each in reversed(installed):

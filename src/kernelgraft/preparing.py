@@ -23,15 +23,16 @@ Task = tuple[str, Callable[..., Any], nn.Module, torch.device]
 
 
 @contextlib.contextmanager
-def preparing(layouts: Iterable[tuple[type[nn.Module], nn.Module]]) -> Iterator[None]:
+def preparing(layouts: Iterable[tuple[type[nn.Module], nn.Module]], trains: bool | None = None) -> Iterator[None]:
     """Have layouts prepare their kernels on a thread, which has ended when the block is left.
 
     Where that fails, the kernel's first call does the work, as it would without all this; one line is logged.
 
     Args:
         layouts: Classes of layouts, and modules of theirs.
+        trains: The mode to prepare for, if not the one that each module is in.
     """
-    tasks = list(_tasks(layouts))
+    tasks = list(_tasks(layouts, trains))
     if not tasks:
         yield
         return
@@ -49,7 +50,7 @@ def preparing(layouts: Iterable[tuple[type[nn.Module], nn.Module]]) -> Iterator[
         thread.join()
 
 
-def _tasks(layouts: Iterable[tuple[type[nn.Module], nn.Module]]) -> Iterator[Task]:
+def _tasks(layouts: Iterable[tuple[type[nn.Module], nn.Module]], trains: bool | None) -> Iterator[Task]:
     """One for each kind of module that is on a GPU, with a copy of it on the meta device."""
     seen = set()
     for cls, module in layouts:
@@ -57,11 +58,12 @@ def _tasks(layouts: Iterable[tuple[type[nn.Module], nn.Module]]) -> Iterator[Tas
         if prepare is None:
             continue
         forms = [(each.shape, each.dtype, each.device, each.requires_grad) for each in module.parameters()]
-        kind = (cls, module.training, *forms)
+        training = module.training if trains is None else trains
+        kind = (cls, training, *forms)
         devices = {device for _, _, device, _ in forms}
         if len(devices) == 1 and all(map(_is_gpu, devices)) and kind not in seen:
             seen.add(kind)
-            yield cls.__name__, prepare, on_meta(module)[0], devices.pop()
+            yield cls.__name__, prepare, on_meta(module)[0].train(training), devices.pop()
 
 
 def _is_gpu(device: torch.device) -> bool:
