@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from operator import attrgetter
 
 import torch
 
@@ -30,6 +31,8 @@ MOST_THREADS = 8
 """Threads that read into host memory, where there are as many cores."""
 
 _MOST_BUFFERS = 1024  # IOV_MAX
+
+_start = attrgetter("start")
 
 
 def fill(
@@ -95,12 +98,11 @@ def ready_for_cuda() -> "Reading":
 
 def _in_order(jobs: Iterable[Job], most: int) -> list[Read]:
     """All reads, file by file and from its beginning to its end."""
-    reads = [read for lazy, out in jobs for read in reads_of(lazy, out, most)]
-    order: dict[int, int] = {}
-    for read in reads:
-        order.setdefault(id(read.file), len(order))
-    reads.sort(key=lambda read: (order[id(read.file)], read.start))
-    return reads
+    by_file: dict[int, list[Read]] = {}
+    for lazy, out in jobs:
+        for read in reads_of(lazy, out, most):
+            by_file.setdefault(id(read.file), []).append(read)
+    return [read for reads in by_file.values() for read in sorted(reads, key=_start)]
 
 
 def _host_threads(threads: int | None) -> int:

@@ -9,7 +9,6 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -117,29 +116,58 @@ def reads_of(lazy: LazyTensor, out: torch.Tensor, most: int) -> Iterator[Read]:
         out: A tensor of its shape.
         most: How many bytes one read may have.
     """
+    # What is the same for all moves is asked once: experts in tensors of their own are thousands.
+    is_contiguous, first, wanted = out.is_contiguous(), int(out.storage_offset()), out.dtype
+    roundings: dict[torch.dtype, torch.dtype | None] = {}
     for move in lazy.moves:
         source = move.source
         if not isinstance(source, FileTensor):
             continue
-        narrowed = lazy.rounding(source.dtype, out.dtype)
-        for part in fitted(move, out):
-            yield from _reads(part, out, narrowed, most)
+        dtype = source.dtype
+        if dtype not in roundings:
+            roundings[dtype] = lazy.rounding(dtype, wanted)
+        rounded = roundings[dtype]
+        for part in (move,) if is_contiguous else fitted(move, out):
+            into = first + part.into
+            if dtype != wanted or rounded is not None:
+                yield from _laid_out(source, part, out, into, rounded, most)
+            elif (run := _one_run(part)) is not None:
+                itemsize = dtype.itemsize
+                yield from _straight(source, out, part.of * itemsize, into * itemsize, run * itemsize, most)
+            else:
+                yield from _as_they_are(source, part, out, into, most)
 
 
-def _reads(move: Move, out: torch.Tensor, rounded: torch.dtype | None, most: int) -> Iterator[Read]:
-    source = cast(FileTensor, move.source)
-    # In the order of the file, what is read twice innermost.
-    dims = sorted(move.dims, key=lambda dim: -dim.of)
+def _one_run(move: Move) -> int | None:
+    """The elements of a move if they lie side by side both in the file and in the tensor."""
+    if not move.dims:
+        return 1
+    size, into, of = move.dims[0]
+    return size if into == of == 1 == len(move.dims) else None
+
+
+def _as_they_are(source: FileTensor, move: Move, out: torch.Tensor, into: int, most: int) -> Iterator[Read]:
+    """A move of bits, by its runs where they are long enough."""
     itemsize = source.dtype.itemsize
-    first = int(out.storage_offset()) + move.into
-    if out.dtype == source.dtype and rounded is None:
-        run, outer = _common_run(dims)
-        if run * itemsize >= _SHORTEST_RUN or not outer:
-            for of, into in _starts(outer, move.of, first):
-                yield from _straight(source, out, of, into, run, most)
-            return
-    for block, of, into in _blocks(dims, move.of, first, most, itemsize):
-        yield _staged(source, out, block, of, into, rounded)
+    run, outer = _common_run(_in_file_order(move))
+    if outer and run * itemsize < _SHORTEST_RUN:
+        yield from _laid_out(source, move, out, into, None, most)
+        return
+    for of, at in _starts(outer, move.of, into):
+        yield from _straight(source, out, of * itemsize, at * itemsize, run * itemsize, most)
+
+
+def _laid_out(
+    source: FileTensor, move: Move, out: torch.Tensor, into: int, rounded: torch.dtype | None, most: int
+) -> Iterator[Read]:
+    """A move by way of a staging buffer."""
+    for block, of, at in _blocks(_in_file_order(move), move.of, into, most, source.dtype.itemsize):
+        yield _staged(source, out, block, of, at, rounded)
+
+
+def _in_file_order(move: Move) -> list[Dim]:
+    """The dims of a move as they step through the file, what is read twice innermost."""
+    return sorted(move.dims, key=lambda dim: -dim.of)
 
 
 def _common_run(dims: Sequence[Dim]) -> tuple[int, list[Dim]]:
@@ -159,13 +187,11 @@ def _starts(dims: Sequence[Dim], of: int, into: int) -> Iterator[tuple[int, int]
         yield of + sum(i * dim.of for i, dim in pairs), into + sum(i * dim.into for i, dim in pairs)
 
 
-def _straight(source: FileTensor, out: torch.Tensor, of: int, into: int, run: int, most: int) -> Iterator[Straight]:
-    itemsize = source.dtype.itemsize
-    start, at, left = source.entry.start + of * itemsize, into * itemsize, run * itemsize
-    while left:
-        nbytes = min(left, most)
-        yield Straight(source.file, source.name, start, nbytes, out, at)
-        start, at, left = start + nbytes, at + nbytes, left - nbytes
+def _straight(source: FileTensor, out: torch.Tensor, of: int, at: int, nbytes: int, most: int) -> list[Straight]:
+    file, name, start = source.file, source.entry.name, source.entry.start + of
+    return [
+        Straight(file, name, start + done, min(nbytes - done, most), out, at + done) for done in range(0, nbytes, most)
+    ]
 
 
 def _blocks(dims: Sequence[Dim], of: int, into: int, most: int, itemsize: int) -> Iterator[tuple[list[Dim], int, int]]:
