@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from threading import RLock
 from typing import Any, Protocol, TypeVar, cast
 
@@ -398,13 +398,13 @@ def follow(move: Move, lazy: LazyTensor) -> list[Move]:
     """A move out of a lazy tensor's memory as moves out of its sources' memory."""
     if len(lazy.moves) == 1 and _is_run(lazy.moves[0]):
         run = lazy.moves[0]
-        return [replace(move, source=run.source, of=move.of + run.of)]
+        return [move._replace(source=run.source, of=move.of + run.of)]
     piece = _strided_lazy(lazy, [(dim.size, dim.of) for dim in move.dims], move.of)
     if not isinstance(piece, LazyTensor):
         piece = LazyTensor.of(TensorSource("piece", piece.contiguous()))
     strides = [dim.into for dim in move.dims]
     return [
-        replace(settled, into=settled.into + move.into)
+        settled._replace(into=settled.into + move.into)
         for part in piece.moves
         for settled in (placed.settled(strides) for placed in place(part, tuple(piece.shape)))
     ]

@@ -29,8 +29,7 @@ class Dim(NamedTuple):
     of: int
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(NamedTuple):  # no dataclass: experts in tensors of their own make thousands, and a tuple is made in half
     """A strided piece of `source`'s memory, starting at `of`, that lies at a strided piece of the own memory."""
 
     source: object
@@ -206,7 +205,7 @@ def _rounds(move: Move, position: int, fitting: int, per_round: int) -> list[Mov
     outer = Dim(rounds, dim.into * per_round, dim.of * per_round)
     inner = Dim(per_round, dim.into, dim.of)
     dims = tuple(d for d in (outer, inner) if d.size > 1)
-    parts = [replace(move, dims=move.dims[:position] + dims + move.dims[position + 1 :])]
+    parts = [move._replace(dims=move.dims[:position] + dims + move.dims[position + 1 :])]
     if rounds * per_round < dim.size:
         parts.append(move.cut(position, rounds * per_round, dim.size))
     return parts
@@ -311,7 +310,7 @@ def expand(moves: Iterable[Move], shape: Shape, wanted: Shape) -> tuple[Move, ..
         Dim(size, stride, 0) for old, size, stride in zip(shape, wanted, strides, strict=True) if old == 1 and size > 1
     )
     settled = (placed.settled(strides) for move in moves for placed in place(move, shape))
-    return normal(replace(move, dims=move.dims + repeated) for move in settled) if math.prod(wanted) else ()
+    return normal(move._replace(dims=move.dims + repeated) for move in settled) if math.prod(wanted) else ()
 
 
 # --- normal form -----------------------------------------------------------------------------------------------------
@@ -388,11 +387,11 @@ def _join(first: Move, second: Move) -> Move | None:
     if len(only_first) > 1 or len(only_second) > 1 or into <= 0 or of <= 0:
         return None
     if not only_first and not only_second:
-        return _coalesced(replace(first, dims=(*first.dims, Dim(2, into, of))))
+        return _coalesced(first._replace(dims=(*first.dims, Dim(2, into, of))))
     along = (only_first or only_second)[0]
     sizes = [dims[0].size if dims else 1 for dims in (only_first, only_second)]
     same = all((dim.into, dim.of) == (along.into, along.of) for dim in only_first + only_second)
     if not same or (into, of) != (sizes[0] * along.into, sizes[0] * along.of):
         return None
     rest = tuple(dim for dim in first.dims if dim not in only_first)
-    return _coalesced(replace(first, dims=(*rest, Dim(sum(sizes), along.into, along.of))))
+    return _coalesced(first._replace(dims=(*rest, Dim(sum(sizes), along.into, along.of))))
