@@ -1,8 +1,10 @@
 """Kernels get ready on a thread while weights are read: each kind once, for a GPU alone, and nothing depends on it."""
 
 import logging
+import signal
 import sys
 import threading
+import time
 
 import pytest
 import torch
@@ -182,3 +184,29 @@ def test_a_load_prepares_what_it_will_run_before_it_has_a_weight(monkeypatch, on
     assert found == [(BF16, (2 * sizes["intermediate_size"], sizes["hidden_size"]), False)]
     assert kernelgraft.graft_of(loaded).is_applied
     assert_nothing_left(qwen3_folder)
+
+
+def test_ctrl_c_while_it_is_waited_for_lets_it_end(monkeypatch, on_gpus):
+    """All weights are there, and kernels are still compiled: the second kind is not begun."""
+    found = []
+
+    def interrupt(layout, _):
+        found.append(layout.scale.dtype)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.2)
+
+    monkeypatch.setattr(ScaledNormLayout, "asked", staticmethod(interrupt))
+
+    def of_two_kinds():
+        made = toys.Model()
+        made.norm.to(BF16)
+        return made
+
+    with kernelgraft.recorded():
+        model = of_two_kinds()
+    with pytest.raises(KeyboardInterrupt):
+        kernelgraft.graft(model, NORM)
+    assert found == [torch.float32]
+    assert our_threads() == []
+    assert kernelgraft.graft_of(model) is None
+    assert [type(module) for module in model.layers[0].children()] == [toys.Norm, toys.MLP]

@@ -38,16 +38,17 @@ def preparing(layouts: Iterable[tuple[type[nn.Module], nn.Module]], trains: bool
         return
     is_over, ended = threading.Event(), threading.Event()
     thread = threading.Thread(target=_work, args=(tasks, is_over, ended), name="kernelgraft-prepare", daemon=True)
-    thread.start()
     try:
+        thread.start()
         yield
-    except BaseException:
-        is_over.set()
-        raise
-    finally:
-        # Not by `join` alone: interrupted by Ctrl-C, it may take a thread for ended that still runs.
         ended.wait()
-        thread.join()
+    finally:
+        # After an error, or Ctrl-C, it ends when it is through with the kind that it is at.
+        is_over.set()
+        if thread.ident is not None:
+            # Not by `join` alone: interrupted by Ctrl-C, it may take a thread for ended that still runs.
+            ended.wait()
+            thread.join()
 
 
 def _tasks(layouts: Iterable[tuple[type[nn.Module], nn.Module]], trains: bool | None) -> Iterator[Task]:

@@ -98,8 +98,9 @@ def _run_or_load(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], opti
     if device.INTERPRETED:
         return None
     made = kernel.warmup(*args, grid=grid, **options)
-    if made is not None:
-        made._init_handles()  # or the first launch would load it
+    load = getattr(made, "_init_handles", None)  # or the first launch does it
+    if load is not None:
+        load()
     return made
 
 
