@@ -4,7 +4,6 @@ import logging
 import signal
 import sys
 import threading
-import time
 
 import pytest
 import torch
@@ -136,19 +135,32 @@ def test_one_that_fails_is_told_and_the_graft_is_made(monkeypatch, on_gpus, capl
     assert our_threads() == []
 
 
+@pytest.fixture
+def is_over(monkeypatch):
+    """Waits until the thread has been told to end: `preparing` makes that event before any other."""
+    made = []
+
+    class Recorded(threading.Event):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(preparing.threading, "Event", Recorded)
+    return lambda: made[0].wait(60)
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_it_ends_after_what_it_is_at_when_the_graft_fails(monkeypatch, on_gpus, error):
+def test_it_ends_after_what_it_is_at_when_the_graft_fails(monkeypatch, on_gpus, is_over, error):
     """The first of two kinds is prepared when reading fails; the second is not begun."""
-    begun, goes_on, found = threading.Event(), threading.Event(), []
+    begun, found = threading.Semaphore(0), []
 
     def wait(layout, _):
         found.append(layout.scale.dtype)
-        begun.set()
-        assert goes_on.wait(60)
+        begun.release()
+        assert is_over()
 
     def failing(*_):
-        assert begun.wait(60)
-        threading.Timer(0.05, goes_on.set).start()
+        assert begun.acquire(timeout=60)
         raise error("while weights are read")
 
     monkeypatch.setattr(ScaledNormLayout, "asked", staticmethod(wait))
@@ -186,14 +198,14 @@ def test_a_load_prepares_what_it_will_run_before_it_has_a_weight(monkeypatch, on
     assert_nothing_left(qwen3_folder)
 
 
-def test_ctrl_c_while_it_is_waited_for_lets_it_end(monkeypatch, on_gpus):
+def test_ctrl_c_while_it_is_waited_for_lets_it_end(monkeypatch, on_gpus, is_over):
     """All weights are there, and kernels are still compiled: the second kind is not begun."""
     found = []
 
     def interrupt(layout, _):
         found.append(layout.scale.dtype)
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-        time.sleep(0.2)
+        assert is_over()
 
     monkeypatch.setattr(ScaledNormLayout, "asked", staticmethod(interrupt))
 

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import device, first_steps
+from . import device
 from .few_tokens import Norm, product, taken, takes
 from .gated_mlp import run, weights_of
 from .rms_norm import add_rms_norm
-from .rms_norm_attention import RMSNormAttentionLayout, attend_once, attended, attended_on_meta
+from .rms_norm_attention import RMSNormAttentionLayout, attended, prepare
 from .rms_norm_mlp import RMSNormMLPLayout
 
 _READ = {"input_layernorm", "self_attn", "post_attention_layernorm", "mlp"}
@@ -83,14 +83,7 @@ class DecoderLayerLayout(nn.Module):
 
     def prepare_kernels(self, device: torch.device) -> None:
         """See `first_steps`."""
-        attention: Any = self.attention
-
-        def step(x: torch.Tensor) -> list[torch.Tensor]:
-            out, *states = attended_on_meta(attention, x)
-            return [_behind(self, out, x), *states]
-
-        attend_once(attention, device)
-        first_steps.prepare(self, device, weights_of(attention.qkv_proj)[0], step)
+        prepare(self.attention, self, device, lambda out, x: _behind(self, out, x))
 
 
 class DecoderLayer(nn.Module):

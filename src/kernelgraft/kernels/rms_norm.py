@@ -237,7 +237,7 @@ class RMSNormLayout(nn.Module):
 
     def prepare_kernels(self, device: torch.device) -> None:
         """See `first_steps`."""
-        first_steps.prepare(self, device, self.weight, lambda x: [RMSNorm.forward(self, x)])  # type: ignore[arg-type]
+        first_steps.prepare(self, device, self.weight, lambda x: [rms_norm(x, self.weight, self.variance_epsilon)])
 
 
 class RMSNorm(nn.Module):
@@ -268,7 +268,7 @@ class OffsetRMSNormLayout(nn.Module):
 
     def prepare_kernels(self, device: torch.device) -> None:
         """See `first_steps`."""
-        first_steps.prepare(self, device, self.weight, lambda x: [OffsetRMSNorm.forward(self, x)])  # type: ignore[arg-type]
+        first_steps.prepare(self, device, self.weight, lambda x: [rms_norm(x, self.weight, self.eps, 1.0, False)])
 
 
 class OffsetRMSNorm(nn.Module):

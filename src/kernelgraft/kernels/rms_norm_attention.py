@@ -9,6 +9,7 @@ Shapes: x and y (B, T, H), norm_weight (H), qkv_proj ((N + 2 K) * D, H), o_proj 
 K key and value heads, cos and sin (B or 1, T, D).
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -112,13 +113,7 @@ class RMSNormAttentionLayout(nn.Module):
 
     def prepare_kernels(self, device: torch.device) -> None:
         """See `first_steps`."""
-
-        def step(x: torch.Tensor) -> list[torch.Tensor]:
-            out, *states = attended_on_meta(self, x)
-            return [product(out, *weights_of(self.o_proj)), *states]
-
-        attend_once(self, device)
-        first_steps.prepare(self, device, weights_of(self.qkv_proj)[0], step)
+        prepare(self, self, device, lambda out, _: product(out, *weights_of(self.o_proj)))
 
 
 def _merged(attention: Any) -> nn.Linear:
@@ -206,10 +201,9 @@ def attended(
     Returns:
         (B, T, N * D), and the attention's weights where the implementation gives them.
     """
-    library = attention_code.library()
+    library, attend = _attention_of(self)
     if not self.names_cache and isinstance(cache, library.paged):
         cache, kwargs = None, {**kwargs, "cache": cache}
-    attend = library.functions.get_interface(self.config._attn_implementation, self.eager_attention_forward)
     dropout = self.attention_dropout if self.training else 0.0
     rotation = _rotation(self, hidden_states, position_embeddings)
     qkv, num_heads = rotation[0], rotation[3]
@@ -229,6 +223,12 @@ def attended(
     return out.reshape(shape).contiguous(), weights
 
 
+def _attention_of(self: Any) -> tuple[Library, Any]:
+    """Transformers' part in it, and its function for the implementation that the config names."""
+    library = attention_code.library()
+    return library, library.functions.get_interface(self.config._attn_implementation, self.eager_attention_forward)
+
+
 def _rotation(self: Any, hidden_states: torch.Tensor, position_embeddings: Any) -> Any:
     """The arguments of `rotate`, but for the kind of its norm."""
     weight, bias = weights_of(self.qkv_proj)
@@ -238,7 +238,27 @@ def _rotation(self: Any, hidden_states: torch.Tensor, position_embeddings: Any) 
     return qkv, *position_embeddings, num_heads, self.head_dim, self.q_norm_weight, self.k_norm_weight
 
 
-def attended_on_meta(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def prepare(
+    self: Any, layout: nn.Module, of: torch.device, behind: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> None:
+    """Load what a step of `layout` launches, see `first_steps`.
+
+    Args:
+        self: What `RMSNormAttentionLayout` holds, in `layout` or that itself.
+        layout: With its parameters on the meta device.
+        of: A GPU.
+        behind: Makes the outcome of what `attended` gives, and of the hidden states.
+    """
+
+    def step(x: torch.Tensor) -> list[torch.Tensor]:
+        out, *states = _attended_on_meta(self, x)
+        return [behind(out, x), *states]
+
+    _attend_once(self, of)
+    first_steps.prepare(layout, of, weights_of(self.qkv_proj)[0], step)
+
+
+def _attended_on_meta(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`attended` on the meta device, without the library's function: queries in its outcome's place, and k and v.
 
     One token is decoded too, with a growing cache.
@@ -257,10 +277,9 @@ def attended_on_meta(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Tens
     return q.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1), k, v
 
 
-def attend_once(self: Any, of: torch.device) -> None:
+def _attend_once(self: Any, of: torch.device) -> None:
     """Call the library's attention on a few zeros, if it is torch's: that too has code to load."""
-    library = attention_code.library()
-    attend = library.functions.get_interface(self.config._attn_implementation, self.eager_attention_forward)
+    library, attend = _attention_of(self)
     if attend is not library.sdpa:
         return
     weight, last = weights_of(self.qkv_proj)[0], weights_of(self.o_proj)[0]

@@ -44,7 +44,9 @@ class RMSNormMLPLayout(nn.Module):
 
     def prepare_kernels(self, device: torch.device) -> None:
         """See `first_steps`."""
-        first_steps.prepare(self, device, self.gate_up_proj.weight, lambda x: [RMSNormMLP.forward(self, x)])  # type: ignore[arg-type]
+        first_steps.prepare(
+            self, device, self.gate_up_proj.weight, lambda x: [run(self, x, Norm(self.scale, *self.kind))]
+        )
 
 
 class RMSNormMLP(nn.Module):
