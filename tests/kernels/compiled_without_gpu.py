@@ -92,8 +92,12 @@ def empty(*shape, dtype=torch.bfloat16):
 
 
 def launch_all():
+    for launch in GROUPS.values():
+        launch()
+
+
+def launch_mlps():
     x, weight = empty(64, 1024), empty(1024)
-    launch_norms()
     for act in activation.ACTIVATIONS:
         activation.launch(empty(64, 2048), act)
         activation.launch_backward(x, empty(64, 2048), act)
@@ -102,7 +106,9 @@ def launch_all():
         few_tokens.launch(x[:tokens], up, None, norm, "silu", None)
         few_tokens.launch(empty(tokens, 3072), down, empty(1024), None, "", x[:tokens])
     few_tokens.launch(x[:8].float(), up.float(), None, None, "gelu", None)
-    launch_products()
+
+
+def launch_attention():
     qkv, cos, head = empty(2, 3, 8 * 128), empty(1, 3, 128), empty(128)
     for weights in ((None, None), (head, head)):
         rotation = (qkv, cos, cos, *weights, 4, 128, 1e-6, 0.0, True)
@@ -140,6 +146,9 @@ def launch_products():
             few_tokens.launch(empty(tokens, 12288, dtype=dtype), down, None, None, "", None)
     for tokens in (1, 2):
         few_tokens.launch(empty(tokens, 515), empty(2, 515), empty(2), few_tokens.Norm(empty(515), 1e-6), "gelu", None)
+
+
+GROUPS = {"norms": launch_norms, "mlps": launch_mlps, "products": launch_products, "attention": launch_attention}
 
 
 def look_at_ptx():

@@ -254,7 +254,7 @@ def prepare(
         out, *states = _attended_on_meta(self, x)
         return [behind(out, x), *states]
 
-    _attend_once(self, of)
+    _attend_once(self, of, trains=layout.training and weights_of(self.qkv_proj)[0].requires_grad)
     first_steps.prepare(layout, of, weights_of(self.qkv_proj)[0], step)
 
 
@@ -277,7 +277,7 @@ def _attended_on_meta(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Ten
     return q.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1), k, v
 
 
-def _attend_once(self: Any, of: torch.device) -> None:
+def _attend_once(self: Any, of: torch.device, trains: bool) -> None:
     """Call the library's attention on a few zeros, if it is torch's: that too has code to load."""
     library, attend = _attention_of(self)
     if attend is not library.sdpa:
@@ -285,11 +285,13 @@ def _attend_once(self: Any, of: torch.device) -> None:
     weight, last = weights_of(self.qkv_proj)[0], weights_of(self.o_proj)[0]
     num_heads, rows = last.shape[1] // self.head_dim, weight.shape[0] // self.head_dim
     q, k = (
-        torch.zeros(1, each, 16, self.head_dim, dtype=weight.dtype, device=of)
+        torch.zeros(1, each, 16, self.head_dim, dtype=weight.dtype, device=of, requires_grad=trains)
         for each in (num_heads, (rows - num_heads) // 2)
     )
-    with torch.no_grad():
-        attend(self, q, k, k, None, dropout=0.0, scaling=self.scaling, **self.options)
+    with torch.set_grad_enabled(trains):
+        out, _ = attend(self, q, k, k, None, dropout=0.0, scaling=self.scaling, **self.options)
+        if trains:
+            torch.autograd.grad(out, (q, k), torch.ones_like(out))
 
 
 def _decoded(
