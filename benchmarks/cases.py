@@ -75,9 +75,9 @@ GPU = [
     Case("instanttensor", "loaders:instanttensor", "8b", {"backend": None}, "instanttensor", cuda=True),
     *_variants("instanttensor", "loaders:instanttensor", "8b", _BUFFERED, package="instanttensor", cuda=True),
     Case("update", "tasks:update", "8b", {"times": 15}),
-    Case("save-ours", "tasks:save", "8b", {"who": "ours"}, repeats=3, limit_s=300),
-    Case("save-transformers", "tasks:save", "8b", {"who": "transformers"}, repeats=3, limit_s=300),
-    *_variants("save-write", "limits:plain_write", "8b", _WRITES, repeats=3, limit_s=300),
+    Case("save-ours", "tasks:save", "8b", {"who": "ours"}, limit_s=300),
+    Case("save-transformers", "tasks:save", "8b", {"who": "transformers"}, limit_s=300),
+    *_variants("save-write", "limits:plain_write", "8b", _WRITES, limit_s=300),
     Case(
         "sweep",
         "limits:sweep",
