@@ -1,4 +1,4 @@
-"""Threads that will read to a GPU start while the rest of a load is found out; here there is none, and none reads."""
+"""Threads start, and read what is sure to be wanted, while the rest of a load is found out; here there is no GPU."""
 
 import pytest
 import torch
@@ -7,9 +7,12 @@ import transformers
 import kernelgraft
 import tiny
 from kernelgraft import KernelConfig, auto
+from kernelgraft.checkpoint import fill, reader
+from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.reader import CpuLane, Reading
-from kernelgraft.errors import KernelGraftError
-from leftovers import assert_nothing_left
+from kernelgraft.errors import KernelGraftError, PlanError
+from kernelgraft.sites import SitePlanner
+from leftovers import assert_nothing_left, our_threads
 
 pytestmark = pytest.mark.transformers
 
@@ -68,6 +71,84 @@ def test_ctrl_c_while_the_plan_is_made_stops_them(qwen3_folder, started, to_a_gp
         load(qwen3_folder, kernel_config=KernelConfig({}, inherit_mapping=False), device_map="cpu")
     assert len(started) == 1
     assert_nothing_left(qwen3_folder)
+
+
+# --- what is read before it is known what becomes of the rest
+
+
+@pytest.fixture
+def begun(to_a_gpu, monkeypatch):
+    """The names of the parameters that were begun, in loads to the CPU that seem to go to a GPU."""
+    found = []
+
+    def begin(lazies, claimed, ready):
+        fill.begin(lazies, claimed, ready)
+        names = {id(lazy): name for name, lazy in lazies.items()}
+        found.extend(sorted(names[key] for key in ready.begun))
+
+    monkeypatch.setattr(auto, "begin", begin)
+    for module in (fill, reader):
+        monkeypatch.setattr(module, "goes_to_cuda", lambda _: True)
+    monkeypatch.setattr(reader, "current_streams", dict.fromkeys)
+    return found
+
+
+FUSED = KernelConfig({tiny.FUSION: f"{tiny.EXAMPLE}:RMSNormMLP"}, inherit_mapping=False)
+
+
+def same_as_transformers(model, folder):
+    plain = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    found = model.state_dict()
+    assert list(found) == list(plain)
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+
+
+def test_without_kernels_all_are_begun(qwen3_folder, started, begun):
+    model = load(qwen3_folder, device_map="cpu")
+    assert begun == sorted(name for name, _ in model.named_parameters())
+    same_as_transformers(model, qwen3_folder)
+    assert_nothing_left(qwen3_folder)
+
+
+def test_with_kernels_those_are_begun_that_no_kernel_takes(qwen3_folder, started, begun):
+    model = load(qwen3_folder, kernel_config=FUSED, device_map="cpu")
+    assert len(kernelgraft.graft_of(model).plan.sites) == 2
+    names = [name for name in model.state_dict() if ".mlp." not in name and "post_attention" not in name]
+    assert begun == sorted(names)
+    same_as_transformers(model, qwen3_folder)
+    assert_nothing_left(qwen3_folder)
+
+
+def test_what_will_be_tied_to_another_is_not_begun(tmp_path, started, begun):
+    tiny.model("qwen3", tie_word_embeddings=True).save_pretrained(tmp_path)
+    model = load(tmp_path, device_map="cpu")
+    assert "model.embed_tokens.weight" in begun
+    assert "lm_head.weight" not in begun
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    same_as_transformers(model, tmp_path)
+
+
+def test_a_plan_that_is_refused_stops_what_was_begun_before_the_files_are_closed(
+    qwen3_folder, started, begun, monkeypatch
+):
+    closed = []
+    real = Checkpoint.close
+
+    def close(self):
+        closed.append([thread.name for thread in our_threads()])
+        real(self)
+
+    monkeypatch.setattr(Checkpoint, "close", close)
+    monkeypatch.setattr(SitePlanner, "prepare", refused)
+    with pytest.raises(PlanError, match="not this one"):
+        load(qwen3_folder, kernel_config=FUSED, device_map="cpu")
+    assert begun
+    assert closed == [[]]
+    assert_nothing_left(qwen3_folder)
+
+
+def refused(*_):
+    raise PlanError("not this one")
 
 
 @pytest.mark.parametrize("device_map", ["cuda", "cuda:0", 0, torch.device("cuda", 0), {"": 0}, {"": "cuda:0"}])

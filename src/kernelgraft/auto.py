@@ -2,12 +2,12 @@
 
 Transformers resolves the config, the files, dtypes and devices, converts names, ties weights and reports what is
 missing. We take part at three places, by a subclass that lives for one load: while the skeleton is built its
-constructor arguments are recorded, before the checkpoint is opened the graft is planned, and the checkpoint's tensors
-are lazy ones, which the graft then pulls into place. Nothing of Transformers is patched.
+constructor arguments are recorded, before the checkpoint's tensors are in it the graft is planned, and these are lazy
+ones, which the graft then pulls into place. Nothing of Transformers is patched.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,8 +21,8 @@ from kernelgraft import compat, recorded_config
 from kernelgraft.api import subject_of
 from kernelgraft.blueprint import Blueprint
 from kernelgraft.checkpoint.files import Checkpoint
-from kernelgraft.checkpoint.fill import materialize
-from kernelgraft.checkpoint.naming import load_lazily
+from kernelgraft.checkpoint.fill import begin, materialize
+from kernelgraft.checkpoint.naming import Lazies, load_lazily
 from kernelgraft.checkpoint.reader import Reading, ready_for_cuda
 from kernelgraft.config import KernelConfig
 from kernelgraft.entry import Entry
@@ -59,10 +59,35 @@ class _Load:
             self.ready = ready_for_cuda()
             self.stack.callback(self.ready.stop)
 
-    def plan(self, model: nn.Module, *, live: bool, load_config: Any = None) -> Blueprint:
+    def begin(self, model: nn.Module, lazies: Lazies, claimed: Collection[str]) -> None:
+        """Start to read what no kernel may take elsewhere, and nothing is tied to."""
+        if self.ready is not None:
+            # Not only when all is over: by then the files are closed.
+            self.stack.callback(self.ready.stop)
+            tied = compat.tied_weights(model)
+            begin({name: lazy for name, lazy in lazies().items() if name not in tied}, claimed, self.ready)
+
+    def plan_skeleton(self, model: nn.Module, load_config: Any, lazies: Lazies) -> None:
+        """Plan the graft of a model that will be filled with what `lazies` gives, as `load_config` says."""
+        if self.config is None:
+            self.begin(model, lazies, ())
+        else:
+            self.blueprint = self.plan(
+                model, live=False, load_config=load_config, on_claims=partial(self.begin, model, lazies)
+            )
+
+    def plan(
+        self,
+        model: nn.Module,
+        *,
+        live: bool,
+        load_config: Any = None,
+        on_claims: Callable[[Collection[str]], None] = lambda _: None,
+    ) -> Blueprint:
         """Plan the graft of this load's model, which will be filled as `load_config` says if it is not `live`."""
         assert self.config is not None
         subject = subject_of(model, live=live, recording=self.recording)
+        subject.on_claims = on_claims
         if load_config is not None:
             subject.dtype_of = compat.loaded_dtypes(load_config)
             if load_config.device_map:
@@ -197,10 +222,9 @@ def _loading_class(cls: Any, load: _Load) -> Any:
             model.__class__ = cls
             load.is_lazy = True
             with collector_paused():
-                if load.config is not None:
-                    load.blueprint = load.plan(model, live=False, load_config=load_config)
                 checkpoint = load.stack.enter_context(Checkpoint(checkpoint_files))
-                return load_lazily(model, checkpoint, load_config, expected_keys)
+                before = partial(load.plan_skeleton, model, load_config)
+                return load_lazily(model, checkpoint, load_config, expected_keys, before)
         return cls._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:

@@ -1,6 +1,6 @@
 """What a planner is given and what it gives: a `Subject`, and a `Blueprint` that a graft carries out."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,7 @@ class Subject:
         run: One forward of the model it is given, for the soundness of fusions.
         tied: Parameters that will be tied after loading: target to source.
         prefix: The `base_model_prefix`, "" if there is none.
+        on_claims: Told the paths of all modules that something is asked for, before it is found out whether it can be.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Subject:
     run: Run | None = None
     tied: Mapping[str, str] = field(default_factory=dict)
     prefix: str = ""
+    on_claims: Callable[[Collection[str]], None] = lambda _: None
 
     def device(self, name: str, tensor: torch.Tensor) -> torch.device:
         """Where the parameter called `name` is, or will be: on the CPU if nothing else is said of a skeleton's."""

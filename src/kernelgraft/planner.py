@@ -1,4 +1,4 @@
-"""Makes plans, and proves them complete on names and shapes alone, before a byte is read.
+"""Makes plans, and proves them complete on names and shapes alone, before a byte that a kernel takes is read.
 
 The outcome is a `Blueprint`: the `Plan`, which is data, and what a graft needs beside it (layouts on the meta device,
 classes to bind), which is not. Nothing of the model has changed when it is there.
@@ -64,7 +64,9 @@ class _Planner:
 
     def blueprint(self) -> Blueprint:
         claims = Claims(self.modules, self.subject.prefix, self.entries, self.chooser, self.device)
-        prepared = [site for want in claims.collect() if (site := self.sites.prepare(want)) is not None]
+        wanted = claims.collect()
+        self.subject.on_claims({path for want in wanted for path in want.claim.paths})
+        prepared = [site for want in wanted if (site := self.sites.prepare(want)) is not None]
         self._check_chains(prepared)
         self._ask_kernels(prepared)
         functions, function_plans = self._functions({path for site in prepared for path in site.site.paths})

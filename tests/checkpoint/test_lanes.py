@@ -8,6 +8,7 @@ import resource
 import struct
 import sys
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -242,6 +243,22 @@ def test_either_way_tensors_are_filled(granted, weights, monkeypatch):
             assert all(torch.equal(out, wanted) for out, wanted in zip(outs, layouts(tensors), strict=True))
     assert (StreamingLane in ran) == granted
     assert bool(ran & {ReadingLane, RegisteringLane}) != granted
+
+
+def test_some_are_begun_before_the_others_are_known(granted, weights, monkeypatch):
+    for name, nbytes in {"PIECE": 1 << 16, "STREAMED": 5 << 16, "CHUNK": 1 << 17, "REGISTERED": 1 << 18}.items():
+        monkeypatch.setattr(device, name, nbytes)
+    monkeypatch.setattr(reader, "current_streams", lambda _: {CPU: Stream()})
+    tensors, checkpoint = weights
+    with made_up_device(monkeypatch):
+        for number in (0, 1, 40, 79, 80):
+            jobs = [(lazy, torch.full(tuple(lazy.shape), torch.nan)) for lazy in checkpoint.values()]
+            reading = reader.ready_for_cuda()
+            reading.begin(jobs[:number])
+            time.sleep(0.01 * (number % 2))
+            total = reading.run(reader._in_order(jobs[number:], reading.most), (), None)
+            assert total == sum(tensor.nbytes for tensor in tensors.values())
+            assert all(torch.equal(out, tensors[name]) for name, (_, out) in zip(checkpoint, jobs, strict=True))
 
 
 def test_a_device_copies_by_itself_only_what_its_own_thread_has_registered(weights, monkeypatch):

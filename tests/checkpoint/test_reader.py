@@ -200,6 +200,64 @@ def test_threads_wait_for_reads_and_carry_them_out(experts):
     assert not threads_of_ours()
 
 
+def test_some_are_begun_and_the_rest_comes_later(experts, monkeypatch):
+    """Nobody is told of progress while only the first are there, and all of it counts in the end."""
+    tensors, checkpoint = experts
+    monkeypatch.setattr(reader, "goes_to_cuda", lambda _: True)
+    monkeypatch.setattr(reader, "current_streams", dict.fromkeys)
+    first, *others = empty(stacked(checkpoint).values())
+    reading, seen = reader.Reading(), []
+    reading.start([reader.CpuLane] * 2)
+    reading.begin([first])
+    assert reading.begun == {id(first[0]): first}
+    while first[1].isnan().any():
+        time.sleep(0.001)
+    total = fill(others, on_progress=seen.append, ready=reading)
+    assert total == sum(seen) == 3 * E * H * INNER * 4
+    for (_, out), wanted in zip((first, *others), stacked(tensors).values(), strict=True):
+        assert torch.equal(out, wanted)
+    assert not threads_of_ours()
+
+
+def test_where_all_was_begun_there_is_only_to_wait(experts, monkeypatch):
+    tensors, checkpoint = experts
+    monkeypatch.setattr(reader, "current_streams", dict.fromkeys)
+    jobs = empty(stacked(checkpoint).values())
+    reading = reader.Reading()
+    reading.start([reader.CpuLane])
+    reading.begin(jobs)
+    assert fill([], ready=reading) == 3 * E * H * INNER * 4
+    for (_, out), wanted in zip(jobs, stacked(tensors).values(), strict=True):
+        assert torch.equal(out, wanted)
+
+
+def test_what_was_begun_and_failed_fails_the_rest(experts, monkeypatch):
+    _, checkpoint = experts
+    monkeypatch.setattr(reader, "goes_to_cuda", lambda _: True)
+    monkeypatch.setattr(reader, "current_streams", dict.fromkeys)
+    path = checkpoint.files[0].path
+    os.truncate(path, path.stat().st_size - 100)
+    first, second = empty(stacked(checkpoint).values())
+    reading = reader.Reading()
+    reading.start([reader.CpuLane] * 2)
+    reading.begin([first, second])
+    for thread in threads_of_ours():
+        thread.join(10)
+    assert not threads_of_ours()
+    with pytest.raises(CheckpointError, match=r" ends at byte \d+, in the middle of"):
+        fill(empty(stacked(checkpoint).values()), ready=reading)
+
+
+def test_what_was_begun_and_is_not_wanted_is_stopped(experts, monkeypatch):
+    _, checkpoint = experts
+    monkeypatch.setattr(reader, "current_streams", dict.fromkeys)
+    reading = reader.Reading()
+    reading.start([reader.CpuLane] * 2)
+    reading.begin(empty(stacked(checkpoint).values()))
+    reading.stop()
+    assert not threads_of_ours()
+
+
 def test_threads_that_are_not_needed_are_stopped():
     reading = reader.Reading()
     reading.start([reader.CpuLane] * 3)

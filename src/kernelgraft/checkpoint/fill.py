@@ -1,6 +1,6 @@
 """Lazy tensors turned into the parameters and buffers of a model."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -10,10 +10,11 @@ from kernelgraft.checkpoint.device import reserve
 from kernelgraft.checkpoint.files import FileTensor, OpenFile
 from kernelgraft.checkpoint.memory import fresh
 from kernelgraft.checkpoint.progress import progress_bar
-from kernelgraft.checkpoint.reader import Reading, check_readable, fill
+from kernelgraft.checkpoint.reader import Reading, check_readable, fill, goes_to_cuda
 from kernelgraft.checkpoint.sharding import is_sharded, local_part, with_local
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
+from kernelgraft.matching import ancestors
 from kernelgraft.recording import arguments_of
 from kernelgraft.tree import put_tensor, saved_tensors, tensor_at
 
@@ -28,7 +29,7 @@ def materialize(model: nn.Module, ready: Reading | None = None) -> None:
 
     Args:
         model: The model.
-        ready: Threads that wait for what goes to CUDA devices; they end with the call.
+        ready: Threads that wait for what goes to CUDA devices, or have begun (see `begin`); they end with the call.
 
     Raises:
         CheckpointError: A file cannot be read, or was replaced in the meantime. The model is as it was.
@@ -44,8 +45,9 @@ def materialize(model: nn.Module, ready: Reading | None = None) -> None:
     values: dict[int, torch.Tensor] = {}
     jobs: list[Job] = []
     _reserve(lazies.values())
+    begun = ready.begun if ready is not None else {}
     for key, lazy in lazies.items():
-        view = lazy.view_of_source()
+        view = begun[key][1] if key in begun else lazy.view_of_source()
         if view is None:
             view = fresh(lazy.shape, lazy.dtype, lazy.device)
             jobs.append((lazy, view))
@@ -58,7 +60,28 @@ def materialize(model: nn.Module, ready: Reading | None = None) -> None:
         registry[name] = lazy.resolved()  # type: ignore[assignment]
 
 
-def _reserve(lazies: Iterable[LazyTensor]) -> None:
+def begin(lazies: Mapping[str, torch.Tensor], claimed: Collection[str], ready: Reading) -> None:
+    """Start to read what goes to CUDA devices as it stands, while it is found out what becomes of the rest.
+
+    Args:
+        lazies: The lazy tensors that will be in the model, by name.
+        claimed: Paths of modules whose tensors may go elsewhere; "" is the model.
+        ready: Threads that wait. `materialize` puts in what they read; if it does not come to that, stop them before
+            the files are closed.
+    """
+    _reserve(lazies.values())
+    jobs = [
+        (lazy, fresh(lazy.shape, lazy.dtype, lazy.device))
+        for name, lazy in lazies.items()
+        if isinstance(lazy, LazyTensor)
+        and goes_to_cuda(lazy)
+        and not any(path in claimed for path in (*ancestors(name), ""))
+        and all(isinstance(source, FileTensor) for source in lazy.sources)
+    ]
+    ready.begin(jobs)
+
+
+def _reserve(lazies: Iterable[torch.Tensor]) -> None:
     nbytes: dict[torch.device, int] = {}
     for lazy in lazies:
         nbytes[lazy.device] = nbytes.get(lazy.device, 0) + lazy.numel() * lazy.dtype.itemsize
@@ -67,7 +90,8 @@ def _reserve(lazies: Iterable[LazyTensor]) -> None:
 
 def read(jobs: Sequence[Job], ready: Reading | None = None) -> None:
     """Fill tensors from files, with a progress bar where that is long; see `fill`."""
-    total = sum(move.numel * move.source.dtype.itemsize for lazy, _ in jobs for move in lazy.moves)  # type: ignore[attr-defined]
+    begun = ready.begun.values() if ready is not None else ()
+    total = sum(move.numel * move.source.dtype.itemsize for lazy, _ in (*begun, *jobs) for move in lazy.moves)
     with progress_bar(total) as on_progress:
         fill(jobs, on_progress=on_progress, ready=ready)
 

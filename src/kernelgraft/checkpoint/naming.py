@@ -14,7 +14,7 @@ import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cache, cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +31,8 @@ from kernelgraft.tree import tensor_at
 
 logger = logging.getLogger("kernelgraft")
 
+Lazies = Callable[[], Mapping[str, torch.Tensor]]
+
 # Of fewer blocks each is run name by name, which is as quick.
 _FEWEST_BLOCKS = 3
 
@@ -45,7 +47,13 @@ class _LeftToTransformersError(Exception):
     """This checkpoint is one that Transformers itself has to convert, and why."""
 
 
-def load_lazily(model: Any, checkpoint: Checkpoint, load_config: Any, expected_keys: Any = None) -> Any:
+def load_lazily(
+    model: Any,
+    checkpoint: Checkpoint,
+    load_config: Any,
+    expected_keys: Any = None,
+    before: Callable[[Lazies], None] = lambda _: None,
+) -> Any:
     """Let every parameter of a Transformers model that a checkpoint has stand in it as a lazy tensor.
 
     Args:
@@ -53,6 +61,8 @@ def load_lazily(model: Any, checkpoint: Checkpoint, load_config: Any, expected_k
         checkpoint: The opened checkpoint; nothing is read but the headers, which are.
         load_config: Transformers' `LoadStateDictConfig` of this load.
         expected_keys: As in Transformers' `_load_pretrained_model`.
+        before: Called before lazy tensors are in the model, with what gives them, by the model's names; it gives none
+            where Transformers will make them.
 
     Returns:
         What `_load_pretrained_model` returns: its account of the load, and the index of what went to disk.
@@ -62,32 +72,40 @@ def load_lazily(model: Any, checkpoint: Checkpoint, load_config: Any, expected_k
     expected_keys = list(state) if expected_keys is None else expected_keys
     converted = convert_by_kind(model, checkpoint._tensors, load_config, state)
     if converted is None:
+        before(dict)
         return load(model, dict(checkpoint), None, load_config, expected_keys)
+    known = {name: converted.tensors[name] for name in state if name in converted.tensors}
+    lazies = cache(lambda: _as_loaded(model, known, load_config))
+    before(lazies)
     others = {name: lazy for name, lazy in converted.tensors.items() if name not in state}
     # What the model does not have Transformers accounts for, and whatever else it does before and after.
     # Without a device map, of which it would reserve memory: on the CPU these would be, if they were anywhere.
     account, index = load(model, others, None, replace(load_config, weight_mapping=[], device_map=None), expected_keys)
-    _put_into(
-        model, {name: converted.tensors[name] for name in state if name in converted.tensors}, load_config, account
-    )
+    _put_into(model, lazies(), account)
     model._weight_conversions = converted.rules  # for saving
     return account, index
 
 
-def _put_into(model: Any, tensors: Mapping[str, LazyTensor], load_config: Any, account: Any) -> None:
-    """Put tensors where the model has these names, in the dtype and on the device that Transformers gives them.
-
-    Given to its `convert_and_load_state_dict_in_model` each name would cost a rule of its own, with regular expressions
-    to compile: for the 399 tensors of an 8B model a third of all that a load costs beside its bytes.
-    """
-    from transformers.core_model_loading import set_param_for_module
-
+def _as_loaded(model: Any, tensors: Mapping[str, LazyTensor], load_config: Any) -> dict[str, torch.Tensor]:
+    """Tensors as they will be in the model, in the dtype and on the device that Transformers gives them."""
     kept, device_of = compat.loaded_dtypes(load_config), _devices(load_config)
+    found = {}
     for name, lazy in tensors.items():
         there = tensor_at(model, name)
         value: torch.Tensor = lazy.to(device=device_of(name), dtype=kept(name) or there.dtype)
-        if isinstance(there, nn.Parameter):
-            value = parameter(value, value.is_floating_point())
+        found[name] = parameter(value, value.is_floating_point()) if isinstance(there, nn.Parameter) else value
+    return found
+
+
+def _put_into(model: Any, tensors: Mapping[str, torch.Tensor], account: Any) -> None:
+    """Put tensors where the model has these names.
+
+    Given to Transformers' `convert_and_load_state_dict_in_model` each name would cost a rule of its own, with regular
+    expressions to compile: for the 399 tensors of an 8B model a third of all that a load costs beside its bytes.
+    """
+    from transformers.core_model_loading import set_param_for_module
+
+    for name, value in tensors.items():
         set_param_for_module(model, name, value, account, None)
 
 

@@ -48,10 +48,10 @@ def fill(
         jobs: Lazy tensors, and a tensor of the same shape for each, of any strides, dtype and device.
         threads: How many threads read into host memory; by default as many as there are cores, at most `MOST_THREADS`.
         on_progress: Called with the number of bytes that were read since it was called last.
-        ready: Threads that wait already for what goes to CUDA devices; they end with the call.
+        ready: Threads that wait already for what goes to CUDA devices, or have begun; they end with the call.
 
     Returns:
-        How many bytes were read from files.
+        How many bytes were read from files, with those that were begun before.
 
     Raises:
         CheckpointError: A file cannot be read, or ends too early: the message names file, tensor and offset. What the
@@ -62,12 +62,12 @@ def fill(
         for lazy, out in jobs:
             _fill_from_memory(lazy, out)
     started = time.perf_counter()
-    cuda = [job for job in jobs if job[1].device.type == "cuda"]
-    others = [job for job in jobs if job[1].device.type != "cuda"]
+    cuda = [job for job in jobs if goes_to_cuda(job[1])]
+    others = [job for job in jobs if not goes_to_cuda(job[1])]
     total = 0
     if others:
         total += _carry_out(_in_order(others, CHUNK), [CpuLane] * _host_threads(threads), on_progress)
-    if cuda:
+    if cuda or (ready and ready.begun):
         ready = ready or ready_for_cuda()
         total += ready.run(_in_order(cuda, ready.most), {out.device for _, out in cuda}, on_progress)
     if total:
@@ -83,6 +83,11 @@ def check_readable(jobs: Iterable[Job], *, threads: int | None = None) -> None:
         CheckpointError: See `fill`.
     """
     _carry_out(_in_order(jobs, CHUNK), [_Rehearsal] * _host_threads(threads), None)
+
+
+def goes_to_cuda(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is, or will be, on a CUDA device."""
+    return tensor.device.type == "cuda"
 
 
 def ready_for_cuda() -> "Reading":
@@ -137,11 +142,14 @@ class Reading:
     Attributes:
         streams: The current streams of the CUDA devices that are read to, from when that is known.
         most: How many bytes at most a read may have.
+        begun: Lazy tensors that are being read already, by identity, each with the tensor that it goes to.
     """
 
     def __init__(self) -> None:
         self.most = CHUNK
         self.streams: dict[torch.device, torch.cuda.Stream] = {}
+        self.begun: dict[int, Job] = {}
+        self._nbytes = 0
         self._waiting = Waiting()
         self._on_progress: Callable[[int], None] | None = None
         self._errors: list[BaseException] = []
@@ -160,13 +168,18 @@ class Reading:
             self.stop()
             raise
 
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """Start to fill tensors on CUDA devices from files; `run` goes on with the rest, and tells how it went."""
+        self.begun |= {id(lazy): (lazy, out) for lazy, out in jobs}
+        self._put(_in_order(jobs, self.most), {out.device for _, out in jobs}, is_all=False)
+
     def run(
         self, reads: Sequence[Read], devices: Iterable[torch.device], on_progress: Callable[[int], None] | None
     ) -> int:
-        """Carry reads out, once; the threads have ended then.
+        """Carry reads out, the last ones; the threads have ended then.
 
         Args:
-            reads: The reads.
+            reads: The reads that were not begun.
             devices: The CUDA devices that they go to.
             on_progress: As in `fill`.
 
@@ -178,15 +191,20 @@ class Reading:
         """
         try:
             self._on_progress = on_progress
-            self.streams |= current_streams(devices)
-            self._waiting.put(reads)
+            self._put(reads, devices, is_all=True)
             self._wait()
         except BaseException:
             self.stop()
             raise
         if self._errors:
             raise self._errors[0]
-        return sum(read.nbytes for read in reads)
+        self._waiting.done((), on_progress)
+        return self._nbytes
+
+    def _put(self, reads: Sequence[Read], devices: Iterable[torch.device], *, is_all: bool) -> None:
+        self.streams |= current_streams(devices)
+        self._nbytes += sum(read.nbytes for read in reads)
+        self._waiting.put(reads, is_all=is_all)
 
     def stop(self) -> None:
         """End the threads after what each is doing, and wait for them."""

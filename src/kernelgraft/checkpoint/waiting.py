@@ -20,16 +20,19 @@ class Waiting:
 
     def __init__(self) -> None:
         self.num_lanes = 0
-        self._reads: deque[Read] | None = None
+        self._reads: deque[Read] = deque()
+        self._is_all = False
         self._nbytes = 0
+        self._unreported = 0
         self._changed = threading.Condition()
 
-    def put(self, reads: Sequence[Read]) -> None:
-        """Say, once, what is to be read."""
+    def put(self, reads: Sequence[Read], *, is_all: bool = True) -> None:
+        """Say what is to be read, or some of it; nothing comes after what `is_all`, or after `stop`."""
         with self._changed:
-            if self._reads is None:
-                self._reads = deque(reads)
-                self._nbytes = sum(read.nbytes for read in reads)
+            if not self._is_all:
+                self._reads.extend(reads)
+                self._nbytes += sum(read.nbytes for read in reads)
+                self._is_all = is_all
                 self._changed.notify_all()
 
     def take(self, most: int, *, gap: int | None = None, count: int | None = None) -> list[Read]:
@@ -43,7 +46,7 @@ class Waiting:
             count: How many reads at most.
         """
         with self._changed:
-            while self._reads is None:
+            while not self._reads and not self._is_all:
                 self._changed.wait()
             most = min(most, max(_LEAST, self._nbytes // (2 * self.num_lanes)))
             task: list[Read] = []
@@ -58,15 +61,18 @@ class Waiting:
             return task
 
     def done(self, task: Sequence[Read], on_progress: Callable[[int], None] | None) -> None:
-        """Report what was carried out."""
-        if on_progress is not None:
-            with self._changed:
-                on_progress(sum(read.nbytes for read in task))
+        """Report what was carried out, and what was before there was somebody to report to."""
+        with self._changed:
+            self._unreported += sum(read.nbytes for read in task)
+            if on_progress is not None:
+                on_progress(self._unreported)
+                self._unreported = 0
 
     def stop(self) -> None:
         """Nothing more is given."""
         with self._changed:
-            self._reads = deque()
+            self._reads.clear()
+            self._is_all = True
             self._changed.notify_all()
 
 
