@@ -119,6 +119,16 @@ def test_with_kernels_those_are_begun_that_no_kernel_takes(qwen3_folder, started
     assert_nothing_left(qwen3_folder)
 
 
+@pytest.mark.parametrize("config", [None, FUSED], ids=["plain", "fused"])
+def test_memory_is_reserved_for_all_and_then_for_no_more(qwen3_folder, started, begun, monkeypatch, config):
+    """What torch has unused is not known here: the second call must not ask for what the first had asked for."""
+    asked = []
+    monkeypatch.setattr(fill, "reserve", lambda nbytes: asked.append(sum(nbytes.values())))
+    model = load(qwen3_folder, kernel_config=config, device_map="cpu")
+    sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
+    assert asked == [sum(sizes.values()), sum(size for name, size in sizes.items() if name not in begun)]
+
+
 def test_what_will_be_tied_to_another_is_not_begun(tmp_path, started, begun):
     tiny.model("qwen3", tie_word_embeddings=True).save_pretrained(tmp_path)
     model = load(tmp_path, device_map="cpu")

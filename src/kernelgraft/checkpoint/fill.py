@@ -44,8 +44,8 @@ def materialize(model: nn.Module, ready: Reading | None = None) -> None:
     lazies = {id(lazy): lazy for _, _, lazy in held if not lazy.is_resolved}
     values: dict[int, torch.Tensor] = {}
     jobs: list[Job] = []
-    _reserve(lazies.values())
     begun = ready.begun if ready is not None else {}
+    _reserve(lazy for key, lazy in lazies.items() if key not in begun)
     for key, lazy in lazies.items():
         view = begun[key][1] if key in begun else lazy.view_of_source()
         if view is None:
