@@ -4,6 +4,9 @@ Each function is a measurement, as `worker.py` describes it. What Transformers a
 is loaded is imported before the clock starts, for both alike.
 """
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +47,32 @@ def ours(run: Run, *, merged: bool) -> Measurement:
 
     yield
     config = kernel_config(merged=merged)
-    with run.clock():
+    with noted_reading(run), run.clock():
         model = kernelgraft.auto.from_pretrained(loader, run.folder, kernel_config=config, **placing(run))
     sites = len(kernelgraft.graft_of(model).plan.sites)
     expected = 2 * run.model.config["num_hidden_layers"] if merged else 0
     run.require(sites == expected, f"{sites} sites where {expected} were asked for")
     check_model(run, model)
+
+
+@contextmanager
+def noted_reading(run: Run) -> Iterator[None]:
+    """Note how long it took from when all reads were known until they were done, which our log says."""
+    logger, handler = logging.getLogger("kernelgraft"), logging.Handler()
+    before = logger.level
+
+    def note(record: logging.LogRecord) -> None:
+        if record.msg.startswith("read "):
+            run.result["reading_s"] = record.args[1]  # type: ignore[index]
+
+    handler.emit = note  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    logger.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before)
 
 
 def transformers(run: Run) -> Measurement:

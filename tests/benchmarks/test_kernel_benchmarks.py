@@ -97,7 +97,7 @@ def test_rms_norm(run):
     assert code == 0
     assert_all_measured(rows)
     variants = by_variant(rows)
-    assert set(variants) == {"eager", "torch", "compile", "liger", "quack", "ours"}
+    assert set(variants) == {"eager", "torch", "compile", "liger", "quack", "ours", "limit"}
     works = ["7x48 forward", "3x64 forward", "7x48 backward", "3x64 backward"]
     assert [row["work"] for row in variants["ours"]] == works
     for row in variants["ours"]:
@@ -201,6 +201,18 @@ def test_a_rival_that_fails_takes_no_other_away(run, monkeypatch):
     variants = by_variant(rows)
     assert variants["torch"][0]["error"] == "ValueError: no such luck"
     assert_measured(variants["ours"][0])
+
+
+def test_what_only_moves_the_bytes_is_no_rival():
+    table = script("table")
+    times = {"eager": 9.0, "torch": 5.0, "ours": 4.0, "limit": 3.0}
+    rows = [
+        {"row": "rms_norm", "work": "32x4096 forward", "variant": variant, "median_us": us}
+        for variant, us in times.items()
+    ]
+    (judged,) = table.judge(rows)
+    assert judged.work == "32x4096 forward: time over the best rival's, torch"
+    assert judged.holds
 
 
 def test_a_graft_whose_kernel_does_not_run_is_not_timed(run, ours, monkeypatch):

@@ -39,6 +39,8 @@ def test_each_row_is_measured_and_written_down(done, rows):
         assert "error" not in row
         assert row["seconds"] > 0
         assert row["cached"] == 1.0
+        # How much of it was reading is known of ours, by our log.
+        assert (0 < row["reading_s"] < row["seconds"]) if row["case"] == "merged-ours" else "reading_s" not in row
         assert {"RssAnon", "VmRSS"} <= set(row["peaks"])
         assert {"gpu", "cpu", "cores", "torch", "transformers", "source"} <= set(row["machine"])
         assert (row["group"], row["round"], row["small"], row["device"]) == ("cpu", 0, True, "cpu")
