@@ -44,6 +44,7 @@ def ours(run: Run, *, merged: bool) -> Measurement:
     """Our from_pretrained, with or without kernels that merge parameters."""
     loader = import_model_code(run)
     import kernelgraft.auto
+    import kernelgraft.conversion.relayout  # at the first tensor that is laid out anew
 
     yield
     config = kernel_config(merged=merged)

@@ -115,6 +115,7 @@ def test_with_kernels_those_are_begun_that_no_kernel_takes(qwen3_folder, started
     assert len(kernelgraft.graft_of(model).plan.sites) == 2
     names = [name for name in model.state_dict() if ".mlp." not in name and "post_attention" not in name]
     assert begun == sorted(names)
+    assert [each.begun for each in started] == [{}]  # else they would outlive the model
     same_as_transformers(model, qwen3_folder)
     assert_nothing_left(qwen3_folder)
 
@@ -154,6 +155,7 @@ def test_a_plan_that_is_refused_stops_what_was_begun_before_the_files_are_closed
         load(qwen3_folder, kernel_config=FUSED, device_map="cpu")
     assert begun
     assert closed == [[]]
+    assert [each.begun for each in started] == [{}]
     assert_nothing_left(qwen3_folder)
 
 

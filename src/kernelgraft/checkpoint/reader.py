@@ -142,7 +142,8 @@ class Reading:
     Attributes:
         streams: The current streams of the CUDA devices that are read to, from when that is known.
         most: How many bytes at most a read may have.
-        begun: Lazy tensors that are being read already, by identity, each with the tensor that it goes to.
+        begun: Lazy tensors that are being read already, by identity, each with the tensor that it goes to; none when
+            the threads have ended, since these would outlive their model.
     """
 
     def __init__(self) -> None:
@@ -217,6 +218,7 @@ class Reading:
                 # Not by `join` alone: interrupted by Ctrl-C, it may take a thread for ended that still runs.
                 ended.wait()
                 thread.join()
+        self.begun = {}
 
     def _work(self, make_lane: Callable[[], Lane], ended: threading.Event) -> None:
         lane = None
