@@ -26,12 +26,13 @@ from kernelgraft.checkpoint.naming import Lazies, load_lazily
 from kernelgraft.checkpoint.reader import Reading, ready_for_cuda
 from kernelgraft.config import KernelConfig
 from kernelgraft.entry import Entry
-from kernelgraft.graft import Graft, apply_blueprint, root_class
+from kernelgraft.graft import Graft, apply_blueprint
 from kernelgraft.meta import WithoutDrawing
 from kernelgraft.pausing import collector_paused
 from kernelgraft.plan import Rejected
 from kernelgraft.planner import make_blueprint
 from kernelgraft.recording import Recording, recorded
+from kernelgraft.root import root_class
 
 
 @dataclass
