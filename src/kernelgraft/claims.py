@@ -14,7 +14,8 @@ from kernelgraft.choosing import Chooser
 from kernelgraft.config import Entry
 from kernelgraft.errors import PlanError
 from kernelgraft.functions import called_functions, find_functions
-from kernelgraft.matching import Claim, ancestors, check_overlaps, find_modules, find_placed, no_module_message
+from kernelgraft.matching import Claim, check_overlaps, find_modules, find_placed, no_module_message
+from kernelgraft.tree import ancestors
 
 
 @dataclass(frozen=True)

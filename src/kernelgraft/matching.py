@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from kernelgraft.errors import PlanError
+from kernelgraft.tree import ancestors
 
 Pair = tuple[str, str]
 
@@ -248,13 +249,6 @@ def check_overlaps(claims: Sequence[Claim], light: Collection[Claim] = ()) -> No
                     f"{_spelt(owner[outer])}. One kernel takes a module over with all that is in it: keep one of the "
                     f"two entries."
                 )
-
-
-def ancestors(path: str) -> Iterator[str]:
-    """The paths of the modules around the one at `path`, the nearest first, but for the root."""
-    while "." in path:
-        path = path.rpartition(".")[0]
-        yield path
 
 
 def _spelt(claim: Claim) -> str:

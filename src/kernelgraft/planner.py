@@ -18,12 +18,13 @@ from kernelgraft.contents import Contents
 from kernelgraft.errors import PlanError
 from kernelgraft.functions import called_functions, check_function, find_functions
 from kernelgraft.kernel import Kernel
-from kernelgraft.matching import NearMiss, ancestors, collapse_paths, near_misses
+from kernelgraft.matching import NearMiss, collapse_paths, near_misses
 from kernelgraft.plan import FunctionPlan, Plan, Rejected
 from kernelgraft.refusals import check_members
 from kernelgraft.signature import spell_call
 from kernelgraft.sites import SitePlanner, uses_of
 from kernelgraft.soundness import FusionSite, calls_of, check_soundness
+from kernelgraft.tree import ancestors
 
 
 def make_blueprint(

@@ -1,6 +1,7 @@
 """Module trees as plain registries: tensors by dotted name, and shallow copies into which others can be put."""
 
 import types
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,13 @@ def module_at(module: nn.Module, path: str) -> nn.Module:
         assert child is not None
         module = child
     return module
+
+
+def ancestors(path: str) -> Iterator[str]:
+    """The paths of the modules around the one at `path`, the nearest first, but for the root."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        yield path
 
 
 def tensor_at(module: nn.Module, name: str) -> torch.Tensor:

@@ -14,9 +14,8 @@ from kernelgraft.checkpoint.reader import Reading, check_readable, fill, goes_to
 from kernelgraft.checkpoint.sharding import is_sharded, local_part, with_local
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
-from kernelgraft.matching import ancestors
 from kernelgraft.recording import arguments_of
-from kernelgraft.tree import put_tensor, saved_tensors, tensor_at
+from kernelgraft.tree import ancestors, put_tensor, saved_tensors, tensor_at
 
 Job = tuple[LazyTensor, torch.Tensor]
 
