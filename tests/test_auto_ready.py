@@ -130,6 +130,14 @@ def test_memory_is_reserved_for_all_and_then_for_no_more(qwen3_folder, started, 
     assert asked == [sum(sizes.values()), sum(size for name, size in sizes.items() if name not in begun)]
 
 
+def test_so_it_is_where_transformers_works_the_devices_out(qwen3_folder, started, begun):
+    model = load(qwen3_folder, device_map="auto")
+    assert len(started) == 1
+    assert begun == sorted(name for name, _ in model.named_parameters())
+    same_as_transformers(model, qwen3_folder)
+    assert_nothing_left(qwen3_folder)
+
+
 def test_what_will_be_tied_to_another_is_not_begun(tmp_path, started, begun):
     tiny.model("qwen3", tie_word_embeddings=True).save_pretrained(tmp_path)
     model = load(tmp_path, device_map="cpu")

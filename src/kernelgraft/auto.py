@@ -70,6 +70,9 @@ class _Load:
 
     def plan_skeleton(self, model: nn.Module, load_config: Any, lazies: Lazies) -> None:
         """Plan the graft of a model that will be filled with what `lazies` gives, as `load_config` says."""
+        # Transformers has worked out by now which devices "auto" is.
+        self.device_map = load_config.device_map
+        self.make_ready()
         if self.config is None:
             self.begin(model, lazies, ())
         else:
