@@ -56,17 +56,23 @@ def ours(run: Run, *, merged: bool) -> Measurement:
     check_model(run, model)
 
 
+class _Noting(logging.Handler):
+    """Notes how long it took from when all reads were known until they were done, which our log says."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__()
+        self.run = run
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.msg.startswith("read ") and isinstance(record.args, tuple):
+            self.run.result["reading_s"] = record.args[1]
+
+
 @contextmanager
 def noted_reading(run: Run) -> Iterator[None]:
-    """Note how long it took from when all reads were known until they were done, which our log says."""
-    logger, handler = logging.getLogger("kernelgraft"), logging.Handler()
+    """Inside the block, what our log says of reading goes into the row."""
+    logger, handler = logging.getLogger("kernelgraft"), _Noting(run)
     before = logger.level
-
-    def note(record: logging.LogRecord) -> None:
-        if record.msg.startswith("read "):
-            run.result["reading_s"] = record.args[1]  # type: ignore[index]
-
-    handler.emit = note  # type: ignore[method-assign]
     logger.addHandler(handler)
     logger.setLevel(logging.DEBUG)
     try:
