@@ -21,7 +21,7 @@ from kernelgraft import compat, recorded_config
 from kernelgraft.api import subject_of
 from kernelgraft.blueprint import Blueprint
 from kernelgraft.checkpoint.files import Checkpoint
-from kernelgraft.checkpoint.fill import begin, materialize
+from kernelgraft.checkpoint.fill import begin, materialize, reserve_for
 from kernelgraft.checkpoint.naming import Lazies, load_lazily
 from kernelgraft.checkpoint.reader import Reading, ready_for_cuda
 from kernelgraft.config import KernelConfig
@@ -33,6 +33,7 @@ from kernelgraft.plan import Rejected
 from kernelgraft.planner import make_blueprint
 from kernelgraft.recording import Recording, recorded
 from kernelgraft.root import root_class
+from kernelgraft.tree import ancestors
 
 
 @dataclass
@@ -60,13 +61,17 @@ class _Load:
             self.ready = ready_for_cuda()
             self.stack.callback(self.ready.stop)
 
-    def begin(self, model: nn.Module, lazies: Lazies, claimed: Collection[str]) -> None:
-        """Start to read what no kernel may take elsewhere, and nothing is tied to."""
-        if self.ready is not None:
+    def begin(self, model: nn.Module, lazies: Lazies, claimed: Collection[str], kept: Collection[str] = ()) -> None:
+        """Start to read what no module at the paths that are claimed has, or what is kept, if nothing is tied to it."""
+        if self.ready is None:
+            return
+        tied, found = compat.tied_weights(model), lazies()
+        if not self.ready.begun:
             # Not only when all is over: by then the files are closed.
             self.stack.callback(self.ready.stop)
-            tied = compat.tied_weights(model)
-            begin({name: lazy for name, lazy in lazies().items() if name not in tied}, claimed, self.ready)
+            reserve_for(found.values())
+        free = (name for name in found if name not in tied and (name in kept or not _is_within(name, claimed)))
+        begin([found[name] for name in free], self.ready)
 
     def plan_skeleton(self, model: nn.Module, load_config: Any, lazies: Lazies) -> None:
         """Plan the graft of a model that will be filled with what `lazies` gives, as `load_config` says."""
@@ -75,10 +80,13 @@ class _Load:
         self.make_ready()
         if self.config is None:
             self.begin(model, lazies, ())
-        else:
-            self.blueprint = self.plan(
-                model, live=False, load_config=load_config, on_claims=partial(self.begin, model, lazies)
-            )
+            return
+        self.blueprint = self.plan(
+            model, live=False, load_config=load_config, on_claims=partial(self.begin, model, lazies)
+        )
+        sites = [site for site in self.blueprint.sites if site.made is not None]
+        claimed = {path for site in sites for path in site.site.paths}
+        self.begin(model, lazies, claimed, {name for site in sites for name in site.kept()})
 
     def plan(
         self,
@@ -169,6 +177,11 @@ def _device_in(device_map: Mapping[str, Any], name: str) -> torch.device:
         path = path.rpartition(".")[0]
     where = device_map.get(path, "cpu")
     return torch.device("cpu" if where == "disk" else where)
+
+
+def _is_within(name: str, paths: Collection[str]) -> bool:
+    """Whether a parameter is in a module at one of the paths, "" being the model."""
+    return any(path in paths for path in (*ancestors(name), ""))
 
 
 def _is_cuda(device: Any) -> bool:

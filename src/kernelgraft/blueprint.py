@@ -9,6 +9,7 @@ from torch import nn
 from kernelgraft.binding import ClassKey
 from kernelgraft.choosing import Asked, Runs
 from kernelgraft.config import KernelConfig
+from kernelgraft.contents import joined
 from kernelgraft.conversion.rules import Rules
 from kernelgraft.layouts import Made
 from kernelgraft.plan import KindPlan, Plan, SitePlan
@@ -62,6 +63,22 @@ class PreparedSite:
     keys: tuple[ClassKey, ...]
     made: Made | None
     rules: Rules | None
+
+    def keeps(self, packed: str) -> bool:
+        """Whether a parameter of the layout will be one of the originals, the same object."""
+        assert self.made is not None
+        program = self.kind.program
+        assert program is not None
+        is_parameter = isinstance(self.made.contents.parameters.get(packed), nn.Parameter)
+        return packed in program.whole and packed not in program.casts and is_parameter
+
+    def kept(self) -> list[str]:
+        """The names in the model of the originals that stay what they are in the layout."""
+        program = self.kind.program
+        if self.made is None or program is None:
+            return []
+        names = [name.partition(".") for packed, name in program.whole.items() if self.keeps(packed)]
+        return [joined(self.site.paths[int(index)], name) for index, _, name in names]
 
 
 @dataclass

@@ -162,7 +162,7 @@ def _fill(
     named = made.contents.parameters | made.contents.buffers
     for target in program.targets:
         like = named[target]
-        if target in program.whole and target not in program.casts and isinstance(like, nn.Parameter):
+        if prepared.keeps(target):
             filled[target] = originals[program.whole[target]]
             continue
         sources = [originals[name] for name in program.feeds[target] or program.computed.get(target, ())]

@@ -1,6 +1,6 @@
 """Lazy tensors turned into the parameters and buffers of a model."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,7 @@ from kernelgraft.checkpoint.sharding import is_sharded, local_part, with_local
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
 from kernelgraft.recording import arguments_of
-from kernelgraft.tree import ancestors, put_tensor, saved_tensors, tensor_at
+from kernelgraft.tree import put_tensor, saved_tensors, tensor_at
 
 Job = tuple[LazyTensor, torch.Tensor]
 
@@ -44,7 +44,7 @@ def materialize(model: nn.Module, ready: Reading | None = None) -> None:
     values: dict[int, torch.Tensor] = {}
     jobs: list[Job] = []
     begun = ready.begun if ready is not None else {}
-    _reserve(lazy for key, lazy in lazies.items() if key not in begun)
+    reserve_for(lazy for key, lazy in lazies.items() if key not in begun)
     for key, lazy in lazies.items():
         view = begun[key][1] if key in begun else lazy.view_of_source()
         if view is None:
@@ -59,28 +59,27 @@ def materialize(model: nn.Module, ready: Reading | None = None) -> None:
         registry[name] = lazy.resolved()  # type: ignore[assignment]
 
 
-def begin(lazies: Mapping[str, torch.Tensor], claimed: Collection[str], ready: Reading) -> None:
+def begin(lazies: Iterable[torch.Tensor], ready: Reading) -> None:
     """Start to read what goes to CUDA devices as it stands, while it is found out what becomes of the rest.
 
     Args:
-        lazies: The lazy tensors that will be in the model, by name.
-        claimed: Paths of modules whose tensors may go elsewhere; "" is the model.
+        lazies: Lazy tensors that will be in the model as they are; what was begun already goes on.
         ready: Threads that wait. `materialize` puts in what they read; if it does not come to that, stop them before
             the files are closed.
     """
-    _reserve(lazies.values())
     jobs = [
         (lazy, fresh(lazy.shape, lazy.dtype, lazy.device))
-        for name, lazy in lazies.items()
+        for lazy in lazies
         if isinstance(lazy, LazyTensor)
         and goes_to_cuda(lazy)
-        and not any(path in claimed for path in (*ancestors(name), ""))
+        and id(lazy) not in ready.begun
         and all(isinstance(source, FileTensor) for source in lazy.sources)
     ]
     ready.begin(jobs)
 
 
-def _reserve(lazies: Iterable[torch.Tensor]) -> None:
+def reserve_for(lazies: Iterable[torch.Tensor]) -> None:
+    """Have memory for tensors at hand on the CUDA devices that they go to."""
     nbytes: dict[torch.device, int] = {}
     for lazy in lazies:
         nbytes[lazy.device] = nbytes.get(lazy.device, 0) + lazy.numel() * lazy.dtype.itemsize
