@@ -123,6 +123,7 @@ def launch_attention():
         rotation = (empty(2, 1, 8 * 128), empty(1, 1, 128), empty(1, 1, 128), *weights, 4, 128, 1e-6, 0.0, True)
         decode_attention_kernels.launch(*rotation, held, held, position, 0.1, mask)
         decode_attention_kernels.launch(*rotation, held, longer, None, 0.1, None)
+    decode_attention_kernels.launch(*rotation, held, held, position, 0.1, mask, follows=True)
 
 
 def launch_norms():
@@ -162,6 +163,11 @@ def look_at_ptx():
     assert ptx.rindex("ld.global") < ptx.index("shfl.sync"), "a row is not on its way before x is looked at"
     ptx = compiled["_decode_split"][0]
     assert ptx.index("cp.async.bulk.prefetch.L2") < ptx.index("griddepcontrol.wait") < ptx.index("ld.global")
+    ptx = compiled["_decode_split"][-1]
+    waits = ptx.index("griddepcontrol.wait")
+    assert ptx[:waits].count("ld.global") > 8, "keys and values are loaded when the kernel in front has ended"
+    assert waits < ptx.rindex("ld.global"), "what the kernel in front gives is loaded before it is there"
+    assert waits < ptx.index("st.global"), "something is written before the kernel in front has ended"
 
 
 def main(of):

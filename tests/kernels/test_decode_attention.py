@@ -8,7 +8,7 @@ from hypothesis import settings as of_hypothesis
 from hypothesis import strategies as st
 
 from kernelgraft.kernels import decode_attention as op
-from kernelgraft.kernels import one_token_attention, rotary
+from kernelgraft.kernels import decode_attention_kernels, one_token_attention, rotary
 
 pytest.importorskip("triton")
 
@@ -98,6 +98,41 @@ def test_a_cache_of_fixed_length(dtype, shape, norm, mask, at):
     for found, wanted, was in zip(arguments[-2:], held, before, strict=True):
         close(found, wanted, dtype, terms=4, size=2.0)
         assert torch.equal(found[:, :, others], was[:, :, others])
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(shape=shapes, norm=norms, mask=masks)
+@few
+def test_what_is_read_before_the_kernel_in_front_has_ended_changes_nothing(dtype, shape, norm, mask):
+    arguments = step(shape, norm, dtype)
+    scale, mask = shape[3] ** -0.5, mask_of(mask, shape, shape[2], dtype)
+    found = []
+    for follows in (False, True):
+        held = [each.clone() for each in arguments[-2:]]
+        position = torch.tensor(shape[2] - 1, device=DEVICE)
+        y = op.attend_into(*arguments[:-2], *held, position, scale, mask, follows=follows)
+        longer = op.attend_longer(*arguments, scale, follows=follows)
+        found.append((y, *held, position, *longer))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize(("what", "early"), [("nothing", True), ("angles", False), ("mask", False)])
+def test_what_has_to_be_copied_is_not_read_early(what, early, monkeypatch):
+    asked = []
+    real = decode_attention_kernels._launches
+    monkeypatch.setattr(decode_attention_kernels, "_launches", lambda *given: asked.append(given[-1]) or real(*given))
+    arguments = step((2, (4, 2), 5, 64), None)
+    mask = mask_of("bool", (2, (4, 2), 5, 64), 5, torch.float32)
+    if what == "angles":
+        arguments[1] = torch.stack([arguments[1]] * 2, dim=-1)[..., 0]
+    if what == "mask":
+        mask = torch.stack([mask] * 2, dim=-1)[..., 0]
+    position = torch.tensor(2, device=DEVICE)
+    exact, *_ = exactly(arguments, position, 0.125, mask)
+    close(op.attend_into(*arguments, position, 0.125, mask, follows=True), exact, torch.float32, terms=64)
+    assert asked == [early]
 
 
 @pytest.mark.usefixtures("in_triton")

@@ -82,11 +82,12 @@ def _empty_longer(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tenso
     return keys.new_empty(shape), values.new_empty(shape)
 
 
-def _launch_longer(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _launch_longer(*arguments: Any, follows: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     *before, keys, values, scale, mask = arguments
     keys_now, values_now = _empty_longer(keys, values)
     run: Any = launch
-    return run(*before, (keys, values), (keys_now, values_now), None, scale, mask), keys_now, values_now
+    y = run(*before, (keys, values), (keys_now, values_now), None, scale, mask, follows=follows)
+    return y, keys_now, values_now
 
 
 # --- what models call
@@ -172,6 +173,7 @@ def attend_into(
     position: torch.Tensor,
     scale: float,
     mask: torch.Tensor | None = None,
+    follows: bool = False,
 ) -> torch.Tensor:
     """The step with a cache of fixed length, in Triton. Not differentiable.
 
@@ -189,13 +191,15 @@ def attend_into(
         position: One integer on the device, where they are written; it is incremented.
         scale: What the products of queries and keys are multiplied by.
         mask: (B or 1, N or 1, 1, S): true where a key is seen, or numbers that are added to the scaled products.
+        follows: Whether the kernel that was launched last gave `qkv`, and nothing was since; all else is then read
+            before that one has ended.
 
     Returns:
         (B, 1, N, D), contiguous; not a number where the position is behind the cache's end.
     """
     arguments = (qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, *kind)
     if device.launches(qkv, cos, sin, q_weight, k_weight, keys, values, position, mask):
-        return launch(*arguments, (keys, values), (keys, values), position, scale, mask)
+        return launch(*arguments, (keys, values), (keys, values), position, scale, mask, follows=follows)
     y: torch.Tensor = _into(*arguments, keys, values, position, scale, mask)
     # Not by the operator: angles and masks of later layers are computed from this too, and the inductor puts off what
     # it computes past an operator that writes, though not past this.
@@ -216,6 +220,7 @@ def attend_longer(
     values: torch.Tensor,
     scale: float,
     mask: torch.Tensor | None = None,
+    follows: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The step with a cache that grows; arguments as of `attend_into`, and a mask of S + 1 keys.
 
@@ -223,6 +228,7 @@ def attend_longer(
         (B, 1, N, D), and the keys and values with this token's, (B, K, S + 1, D), in new memory.
     """
     arguments = (qkv, cos, sin, q_weight, k_weight, num_heads, head_dim, *kind, keys, values, scale, mask)
-    watched = not device.launches(qkv, cos, sin, q_weight, k_weight, keys, values, mask)
-    y, keys_now, values_now = (_longer if watched else _launch_longer)(*arguments)
+    if device.launches(qkv, cos, sin, q_weight, k_weight, keys, values, mask):
+        return _launch_longer(*arguments, follows=follows)
+    y, keys_now, values_now = _longer(*arguments)
     return y, keys_now, values_now

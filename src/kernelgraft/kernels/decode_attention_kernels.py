@@ -27,6 +27,22 @@ except ImportError:
 if triton is not None:
 
     @triton.jit
+    def _given(
+        qkv_ptr, num_kv_heads, num_queries, kv_head, head, columns, rows, inside,
+        HALF: tl.constexpr,
+    ):  # fmt: skip
+        """The queries of a program and the new token's key and value, in halves."""
+        q_at = qkv_ptr + (head * (2 * HALF))[:, None] + columns[None, :]
+        q_low, q_high = tl.load(q_at, mask=rows, other=0.0), tl.load(q_at + HALF, mask=rows, other=0.0)
+        k_at = qkv_ptr + (num_kv_heads * num_queries + kv_head) * (2 * HALF) + columns[None, :]
+        k_low = tl.load(k_at, mask=inside[None, :], other=0.0)
+        k_high = tl.load(k_at + HALF, mask=inside[None, :], other=0.0)
+        v_at = k_at + num_kv_heads * (2 * HALF)
+        v_low = tl.load(v_at, mask=inside[None, :], other=0.0)
+        v_high = tl.load(v_at + HALF, mask=inside[None, :], other=0.0)
+        return q_low, q_high, k_low, k_high, v_low, v_high
+
+    @triton.jit
     def _block(
         block, k_ptr, v_ptr, k_token, v_token, mask_ptr, mask_rows, has_mask, num_keys, columns, inside,
         MASK: tl.constexpr, PER_HEAD: tl.constexpr, APPENDS: tl.constexpr, FIRST: tl.constexpr, HALF: tl.constexpr,
@@ -122,15 +138,15 @@ if triton is not None:
         k_batch, k_head, k_token, v_batch, v_head, v_token, mask_batch, mask_head,
         MASK: tl.constexpr, PER_HEAD: tl.constexpr, APPENDS: tl.constexpr, NORMS: tl.constexpr, OFFSET: tl.constexpr,
         ROUNDS_FIRST: tl.constexpr, NORM_DTYPE: tl.constexpr, WHOLE: tl.constexpr, OVERLAPS: tl.constexpr,
-        UPCAST: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr, QUERIES: tl.constexpr,
-        KEYS: tl.constexpr,
+        EARLY: tl.constexpr, UPCAST: tl.constexpr, HALF: tl.constexpr, COLUMNS: tl.constexpr,
+        QUERIES: tl.constexpr, KEYS: tl.constexpr,
     ):  # fmt: skip
         batch = (tl.program_id(0) // num_kv_heads).to(tl.int64)
         kv_head = (tl.program_id(0) % num_kv_heads).to(tl.int64)
         split = tl.program_id(1)
         old_k_ptr += batch * old_k_batch + kv_head * old_k_head
         old_v_ptr += batch * old_v_batch + kv_head * old_v_head
-        if OVERLAPS:
+        if OVERLAPS and not EARLY:
             # The keys and values before this token are there already: the first come into the L2 cache meanwhile.
             row_bytes: tl.constexpr = 2 * HALF * (old_k_ptr.dtype.element_ty.primitive_bitwidth // 8)
             early = tl.minimum(split * KEYS + tl.arange(0, KEYS), num_keys - 1 - APPENDS)
@@ -145,19 +161,12 @@ if triton is not None:
         has_query = queries < num_queries
         rows = has_query[:, None] & inside[None, :]
         head = kv_head * num_queries + queries
-        position = (num_keys - 1).to(tl.int64)
-        if not APPENDS:
-            position = tl.load(position_ptr).to(tl.int64)
-        # All that is read first is on its way before any of it is looked at.
         qkv_ptr += batch * qkv_batch
-        q_at = qkv_ptr + (head * (2 * HALF))[:, None] + columns[None, :]
-        q_low, q_high = tl.load(q_at, mask=rows, other=0.0), tl.load(q_at + HALF, mask=rows, other=0.0)
-        new_at = qkv_ptr + (num_kv_heads * num_queries + kv_head) * (2 * HALF) + columns[None, :]
-        new_k_low = tl.load(new_at, mask=inside[None, :], other=0.0)
-        new_k_high = tl.load(new_at + HALF, mask=inside[None, :], other=0.0)
-        new_at += num_kv_heads * (2 * HALF)
-        new_v_low = tl.load(new_at, mask=inside[None, :], other=0.0)
-        new_v_high = tl.load(new_at + HALF, mask=inside[None, :], other=0.0)
+        # All that is read first is on its way before any of it is looked at.
+        if not EARLY:
+            q_low, q_high, new_k_low, new_k_high, new_v_low, new_v_high = _given(
+                qkv_ptr, num_kv_heads, num_queries, kv_head, head, columns, rows, inside, HALF
+            )
         if NORMS:
             q_low_scale, q_high_scale = scales(q_weight_ptr + columns, inside, OFFSET, HALF)
             k_low_scale, k_high_scale = scales(k_weight_ptr + columns, inside, OFFSET, HALF)
@@ -168,6 +177,15 @@ if triton is not None:
             split, old_k_ptr, old_v_ptr, old_k_token, old_v_token, mask_ptr, head * mask_head, has_query,
             num_keys, columns, inside, MASK, PER_HEAD, APPENDS, True, HALF, KEYS,
         )  # fmt: skip
+        if EARLY:  # of what is read here the kernel in front wrote this alone
+            if OVERLAPS:
+                overlap.wait()
+            q_low, q_high, new_k_low, new_k_high, new_v_low, new_v_high = _given(
+                qkv_ptr, num_kv_heads, num_queries, kv_head, head, columns, rows, inside, HALF
+            )
+        position = (num_keys - 1).to(tl.int64)
+        if not APPENDS:
+            position = tl.load(position_ptr).to(tl.int64)
         if NORMS:
             q_low, q_high = normed(q_low, q_high, q_low_scale, q_high_scale, eps, HALF, ROUNDS_FIRST, NORM_DTYPE)
             new_k_low, new_k_high = normed(
@@ -233,6 +251,7 @@ def _launches(
     mask_kind: int,
     appends: bool,
     counts: bool,
+    early: bool,
 ) -> tuple[Launch, Launch | None, int]:
     """The launches of the two kernels, and how many programs share the keys.
 
@@ -246,7 +265,7 @@ def _launches(
     values = (
         num_kv_heads, num_queries, num_keys, splits, scale, eps, *strides,
         mask_kind, strides[-1] != 0, appends, norm is not None, offset, rounds_first, TRITON_DTYPES[norm_dtype],
-        splits == 1, overlaps, device.INTERPRETED, dim // 2, columns,
+        splits == 1, overlaps, early, device.INTERPRETED, dim // 2, columns,
         # The matrix units take 16 rows at least; with fewer queries the rest are zeros.
         max(16, triton.next_power_of_2(num_queries)), chosen.keys,
     )  # fmt: skip
@@ -277,6 +296,7 @@ def launch(
     scale: float,
     mask: torch.Tensor | None,
     counts: bool = True,
+    follows: bool = False,
 ) -> torch.Tensor:
     """Run the kernels.
 
@@ -297,16 +317,19 @@ def launch(
         scale: What the products of queries and keys are multiplied by.
         mask: (B or 1, N or 1, 1, number of keys in `new`).
         counts: Whether the position is incremented.
+        follows: Whether the kernel in front gave `qkv`, so that it gave nothing else of what is read here.
 
     Returns:
         (B, 1, N, D).
     """
-    qkv, cos, sin = (each if each.stride(-1) == 1 else each.contiguous() for each in (qkv, cos, sin))
     batch, num_kv_heads, num_keys = qkv.shape[0], kv_heads_of(qkv, num_heads, head_dim), new[0].shape[2]
     out = qkv.new_empty((batch, 1, num_heads, head_dim))
     if not out.numel():
         return out
+    # Nor is anything copied in between.
+    early = follows and all(each is None or each.stride(-1) == 1 for each in (cos, sin, q_weight, k_weight, mask))
     mask, mask_kind, mask_strides = one_token_attention.mask_of(mask)
+    qkv, cos, sin = (each if each.stride(-1) == 1 else each.contiguous() for each in (qkv, cos, sin))
     strides = (
         qkv.stride(0), 0 if cos.shape[0] == 1 else cos.stride(0), 0 if sin.shape[0] == 1 else sin.stride(0),
         *old[0].stride()[:3], *old[1].stride()[:3], *new[0].stride()[:3], *new[1].stride()[:3], *mask_strides,
@@ -315,7 +338,7 @@ def launch(
         one_token_attention.settings, device.of(qkv), qkv.dtype, dtypes(qkv, cos, q_weight, rounds_first)[0],
         (batch, num_heads, num_kv_heads, head_dim), num_keys, scale,
         None if q_weight is None else (eps, offset, rounds_first), strides, mask_kind, position is None,
-        counts and position is not None,
+        counts and position is not None, early,
     )  # fmt: skip
     sums, stats = one_token_attention.empty_parts(out, splits)
     attend(

@@ -3,8 +3,9 @@
 One that is launched so has its programs on the multiprocessors while the last programs of the kernel in front still
 run, and waits for that kernel before it reads what may have been written, or writes anything. Meanwhile it may have
 tensors fetched into the L2 cache, which all multiprocessors share: a line that is written after it was fetched is new
-there too. Registers do not know of that, so what a kernel loads before it waits must be no output of a kernel that lets
-the next one start early, which only those here do: weights are written by others, which end before any of these start.
+there too. Registers do not know of that, so what a kernel loads before it waits must be no output of the kernel in
+front, if that is one that lets the next one start early, which only those here do: weights are written by others, which
+end before any of these start, and what is in a cache by kernels that ended before the one in front let this one start.
 """
 
 import functools

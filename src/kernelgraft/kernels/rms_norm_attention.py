@@ -273,7 +273,8 @@ def _attended_on_meta(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Ten
             if not decode_attention.refusal(
                 qkv, cos, dim, norm, self.head_kind.rounds_first, held, held, num_keys + 1, None
             ):
-                decode_attention.attend_longer(*(*rotation, self.head_kind, held, held, self.scaling))
+                arguments = (*rotation, self.head_kind, held, held, self.scaling, None, True)
+                decode_attention.attend_longer(*arguments)
     return q.transpose(1, 2).reshape(*hidden_states.shape[:-1], -1), k, v
 
 
@@ -319,15 +320,16 @@ def _decoded(
         return None
     if grows:
         out, layer.keys, layer.values = decode_attention.attend_longer(
-            qkv, cos, sin, num_heads, head_dim, q_weight, k_weight, kind, keys, values, self.scaling, mask
+            qkv, cos, sin, num_heads, head_dim, q_weight, k_weight, kind, keys, values, self.scaling, mask, follows=True
         )
         return out
     position = layer.cumulative_length
     if position.device != qkv.device:
         return None
     return decode_attention.attend_into(
-        qkv, cos, sin, num_heads, head_dim, q_weight, k_weight, kind, keys, values, position, self.scaling, mask
-    )
+        qkv, cos, sin, num_heads, head_dim, q_weight, k_weight, kind, keys, values, position, self.scaling, mask,
+        follows=True,
+    )  # fmt: skip
 
 
 def _states(
