@@ -3,7 +3,8 @@
 Transformers resolves the config, the files, dtypes and devices, converts names, ties weights and reports what is
 missing. We take part at three places, by a subclass that lives for one load: while the skeleton is built its
 constructor arguments are recorded, before the checkpoint's tensors are in it the graft is planned, and these are lazy
-ones, which the graft then pulls into place. Nothing of Transformers is patched.
+ones, which the graft then pulls into place. The subclass has a copy of `from_pretrained` that does not make the rules
+of other models. Nothing of Transformers is patched.
 """
 
 import os
@@ -23,6 +24,7 @@ from kernelgraft.blueprint import Blueprint
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.fill import begin, materialize, reserve_for
 from kernelgraft.checkpoint.naming import Lazies, load_lazily
+from kernelgraft.checkpoint.own_rules import with_own_rules
 from kernelgraft.checkpoint.reader import Reading, ready_for_cuda
 from kernelgraft.config import KernelConfig
 from kernelgraft.entry import Entry
@@ -276,6 +278,8 @@ def _loading_class(cls: Any, load: _Load) -> Any:
         "load_adapter": load_adapter,
         "set_use_kernels": set_use_kernels,
     }
+    if (quicker := with_own_rules(cls)) is not None:
+        namespace["from_pretrained"] = classmethod(quicker)
     loading = type(cls.__name__, (cls,), namespace)
     return loading
 
