@@ -10,8 +10,8 @@ from torch.nn import functional as F
 import kernelgraft
 import tiny
 from kernelgraft import Kernel, KernelConfig
-from kernelgraft.binding import _ask
 from kernelgraft.errors import GraftError, PlanError
+from kernelgraft.forwards import _ask
 from kernelgraft.slot import Site
 
 pytestmark = pytest.mark.transformers

@@ -6,9 +6,10 @@ from typing import Any, Literal
 
 import torch
 
-from kernelgraft.binding import Mode, Modes
+from kernelgraft.binding import Modes
 from kernelgraft.entry import MISSING, Entry, Missing, Use, device_type, select
 from kernelgraft.errors import PlanError
+from kernelgraft.forwards import Mode
 from kernelgraft.kernel import Kernel, load_kernel
 from kernelgraft.plan import Rejected
 

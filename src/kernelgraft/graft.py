@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from kernelgraft.binding import ClassKey, Rebound, bound_class, traces_of
+from kernelgraft.binding import ClassKey, Rebound, bound_class
 from kernelgraft.blueprint import Blueprint
 from kernelgraft.checkpoint.fill import materialize
 from kernelgraft.checkpoint.reader import Reading
 from kernelgraft.choosing import Asked, Runs, choose_modes, runs_of
 from kernelgraft.config import device_type
 from kernelgraft.errors import GraftError
+from kernelgraft.forwards import traces_of
 from kernelgraft.install import install_site, rebind_function, restore_site
 from kernelgraft.kernel import Kernel, load_kernel
 from kernelgraft.matching import collapse_paths

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernelgraft.binding import ClassKey, run_originals
+from kernelgraft.binding import ClassKey
 from kernelgraft.errors import GraftError
+from kernelgraft.forwards import run_originals
 from kernelgraft.verify._calls import SiteCall
 from kernelgraft.verify._replica import Replica
 from kernelgraft.verify._values import copied, direct, named
