@@ -146,19 +146,11 @@ def graft_toy(model, kernel, **options):
     return kernelgraft.graft(model, KernelConfig({toys.FUSION: kernel}, **options), example_inputs=toys.inputs())
 
 
-def short_only(hidden_states):
-    return hidden_states.shape[1] <= 5 or "too many tokens"
-
-
-class LaterHostLayout(toys.NormMLPLayout):
-    host = "mlp"
-
-
-@pytest.mark.parametrize("layout", [toys.NormMLPLayout, LaterHostLayout])
+@pytest.mark.parametrize("layout", [toys.NormMLPLayout, toys.LaterHostLayout])
 def test_a_call_that_the_kernel_refuses_is_traced_through_the_originals(layout):
     model, short, long = toys.model(), toys.inputs(), toys.inputs().repeat(1, 2, 1)
     expected = {id(x): model(x) for x in (short, long)}
-    kernel = toys.kernel(toys.norm_mlp, layout, supports=staticmethod(short_only))
+    kernel = toys.kernel(toys.norm_mlp, layout, supports=staticmethod(toys.short_only))
     with graft_toy(model, kernel, fallback="reference"):
         compiled = torch.compile(model, backend="eager", fullgraph=True, dynamic=False)
         for x in (short, long, short, long):

@@ -180,19 +180,11 @@ def test_an_output_that_never_had_a_gradient_needs_none():
 # --- what a kernel can take
 
 
-def short_only(hidden_states):
-    return hidden_states.shape[1] <= 5 or f"{hidden_states.shape[1]} tokens are too many"
-
-
-class LaterHostLayout(toys.NormMLPLayout):
-    host = "mlp"
-
-
-@pytest.mark.parametrize("layout", [toys.NormMLPLayout, LaterHostLayout])
+@pytest.mark.parametrize("layout", [toys.NormMLPLayout, toys.LaterHostLayout])
 def test_a_refused_call_runs_the_originals_of_all_members_and_the_next_one_the_kernel(layout):
     model, short, long = toys.model(), toys.inputs(), toys.inputs().repeat(1, 2, 1)
     expected = {id(x): model(x) for x in (short, long)}
-    kernel = toys.kernel(toys.norm_mlp, layout, supports=staticmethod(short_only))
+    kernel = toys.kernel(toys.norm_mlp, layout, supports=staticmethod(toys.short_only))
     with graft(model, {toys.FUSION: kernel}, fallback="reference") as grafted:
         for x in (short, long, short, long, long, short):
             assert torch.allclose(model(x), expected[id(x)], atol=1e-6)
@@ -202,7 +194,7 @@ def test_a_refused_call_runs_the_originals_of_all_members_and_the_next_one_the_k
 
 def test_a_refused_call_is_an_error_without_a_fallback():
     model = toys.model()
-    kernel = toys.kernel(toys.norm_mlp, toys.NormMLPLayout, supports=staticmethod(short_only))
+    kernel = toys.kernel(toys.norm_mlp, toys.NormMLPLayout, supports=staticmethod(toys.short_only))
     with graft(model, {toys.FUSION: kernel}):
         model(toys.inputs())
         with pytest.raises(GraftError, match=r"'layers\.0\.norm': Fast refuses the call: 10 tokens are too many"):
@@ -241,7 +233,7 @@ def test_a_host_in_the_middle_and_arguments_by_keyword():
     short, long = toys.inputs(), toys.inputs().repeat(1, 2, 1)
     expected = {id(x): model(x) for x in (short, long)}
     pairs = (("Norm", "norm"), ("MLP", "mlp"), ("Norm", "post"))
-    kernel = toys.kernel(three, ThreeLayout, supports=staticmethod(short_only))
+    kernel = toys.kernel(three, ThreeLayout, supports=staticmethod(toys.short_only))
     with graft(model, {pairs: kernel}, fallback="reference") as grafted:
         assert grafted.plan.sites[0].host == "mlp"
         for x in (short, long, short):

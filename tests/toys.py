@@ -117,6 +117,17 @@ class NormMLP(nn.Module):
         return norm_mlp(self, hidden_states)
 
 
+class LaterHostLayout(NormMLPLayout):
+    """The same, whose host is the second member."""
+
+    host = "mlp"
+
+
+def short_only(hidden_states):
+    """As `supports`: up to 5 tokens."""
+    return hidden_states.shape[1] <= 5 or f"{hidden_states.shape[1]} tokens are too many"
+
+
 def kernel(forward, layout=None, name="Fast", **flags):
     """A kernel of a class that is made of a forward and flags."""
     return Kernel(type(name, (nn.Module,), {"forward": forward, "__module__": __name__, **flags}), layout)

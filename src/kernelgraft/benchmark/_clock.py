@@ -21,7 +21,9 @@ COPIED = {"cuda": 2**28, "cpu": 2**26}
 MATRIX_DIM = {"cuda": 8192, "cpu": 512}
 """Rows and columns of the matrices whose product shows the matrix rate: enough work to keep the device busy."""
 
-_PLACES = 4
+_PAIRS = 4
+"""Copies, the best of which counts: one was at 3.68 TB/s in some processes on an H200 that showed 4.17 in others."""
+
 _RUNS = 7
 
 
@@ -97,10 +99,9 @@ class Clock:
 
     def machine(self, dtype: torch.dtype) -> Machine:
         """What the device does at most: a large copy, and a large product of matrices in `dtype`, either way round."""
-        # Of several pairs: one was at 3.68 TB/s in some processes on an H200 that showed 4.17 in others.
         nbytes = COPIED[self.device.type]
-        tensors = [torch.zeros(nbytes, dtype=torch.uint8, device=self.device) for _ in range(_PLACES + 1)]
-        copy = min(self._median(partial(tensors[at].copy_, tensors[at + 1])) for at in range(_PLACES))
+        tensors = [torch.zeros(nbytes, dtype=torch.uint8, device=self.device) for _ in range(_PAIRS + 1)]
+        copy = min(self._median(partial(tensors[at].copy_, tensors[at + 1])) for at in range(_PAIRS))
         del tensors
         dim = MATRIX_DIM[self.device.type]
         # Not zeros: a GPU multiplies those with less power, and so at a higher clock.

@@ -9,8 +9,10 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
+from kernelgraft.errors import PlanError
 from kernelgraft.functions import with_globals
 
 # What Transformers' loading calls for its rules: for a model's, for those of one name, for the table; and the table.
@@ -34,7 +36,8 @@ def with_own_rules(cls: Any) -> Callable[..., Any] | None:
     collect: Any = getattr(inspect.unwrap(method), "__globals__", {}).get(_COLLECT) if method else None
     ask: Any = getattr(collect, "__globals__", {}).get(_ASK)
     names = getattr(ask, "__globals__", {})
-    if _BUILD not in names or names.get(_TABLE, ()) is not None:
+    known = all(isinstance(each, FunctionType) for each in (method, collect, names.get(_BUILD)))
+    if not known or names.get(_TABLE, ()) is not None:
         return None
     table = cache(partial(_table, names))
 
@@ -49,7 +52,7 @@ def with_own_rules(cls: Any) -> Callable[..., Any] | None:
 
     try:
         return with_globals(method, {_COLLECT: with_globals(collect, {_ASK: rules_of})})
-    except Exception:  # as above
+    except PlanError:  # something around them keeps them out of sight
         return None
 
 
