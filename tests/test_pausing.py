@@ -63,12 +63,16 @@ def test_what_was_made_meanwhile_counts_as_old():
     assert all(id(each) in old for each in made)
 
 
-def test_what_the_caller_has_frozen_stays_so():
+def test_what_the_caller_has_frozen_stays_so_and_nothing_else_is():
+    """By objects of our own, and not by how many are frozen: of all others some may end meanwhile."""
+    before = [[] for _ in range(100)]
     gc.freeze()
     try:
-        frozen = gc.get_freeze_count()
         with collector_paused():
-            pass
-        assert gc.get_freeze_count() == frozen > 0
+            made = [[] for _ in range(100)]
+        assert gc.get_freeze_count() >= len(before)
+        seen = {id(each) for each in gc.get_objects()}  # of what is frozen it has none
+        assert not any(id(each) in seen for each in before)
+        assert all(id(each) in seen for each in made)
     finally:
         gc.unfreeze()
