@@ -1,5 +1,6 @@
 """A device that is made up, for what reads to GPUs: it has the CPU's memory, and copies when it pleases, in order."""
 
+import ctypes
 import random
 from collections import deque
 from contextlib import contextmanager, nullcontext
@@ -7,8 +8,8 @@ from functools import partial
 
 import torch
 
-from kernelgraft.checkpoint import device
-from kernelgraft.checkpoint.device import StreamingLane
+from kernelgraft.checkpoint import device, sending, streaming
+from kernelgraft.checkpoint.streaming import StreamingLane
 from leftovers import our_threads
 from rings import open_rings
 
@@ -21,6 +22,7 @@ class Stream:
     random = random.Random(0)
 
     def __init__(self, device=CPU):
+        self.cuda_stream = self
         self.waiting = deque()
         self.number_done = 0
         self.number_put = 0
@@ -42,7 +44,10 @@ class Stream:
 
 
 class Event:
+    cuda_event = 0
+
     def record(self, stream):
+        self.cuda_event = self  # torch makes it only now
         self.stream, self.upto = stream, stream.number_put
 
     def query(self):
@@ -54,8 +59,35 @@ class Event:
         self.stream.do(self.upto)
 
 
+class Driver:
+    """Does what `kernelgraft.checkpoint.driver.Driver` does, and refuses some of it."""
+
+    random = random.Random(0)
+
+    def __init__(self, refuses=0.0):
+        self.refuses = refuses
+        self.copied = self.recorded = 0
+
+    def _refused(self):
+        return self.random.random() < self.refuses
+
+    def copy(self, target, source, nbytes, stream):
+        if self._refused():
+            return False
+        self.copied += 1
+        stream.put(partial(ctypes.memmove, target, source, nbytes))
+        return True
+
+    def record(self, event, stream):
+        if self._refused():
+            return False
+        self.recorded += 1
+        event.record(stream)
+        return True
+
+
 @contextmanager
-def made_up_device(monkeypatch):
+def made_up_device(monkeypatch, driver=None):
     """Within the block lanes read to it. Gives its streams, and sees in the end that the lanes left nothing behind."""
     made = []
 
@@ -81,8 +113,10 @@ def made_up_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_stream", lambda _: None)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(device, "registered", register)
+    monkeypatch.setattr(streaming, "registered", register)
+    monkeypatch.setattr(streaming, "driver", lambda: driver)
     monkeypatch.setattr(StreamingLane, "_send", send)
     yield made
-    assert device.pinned.bytes == 0
+    assert sending.pinned.bytes == 0
     assert our_threads() == []
     assert open_rings() == 0

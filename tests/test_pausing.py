@@ -1,17 +1,20 @@
-"""The garbage collector, paused and as it was."""
+"""The garbage collector, paused and as it was, and the turns of threads."""
 
 import gc
+import sys
 import threading
 
 import pytest
 
-from kernelgraft.pausing import collector_paused
+from kernelgraft.pausing import TURN, collector_paused, interpreter_handed_over
 
 
 @pytest.fixture(autouse=True)
 def as_it_was():
+    before = sys.getswitchinterval()
     yield
     gc.enable()
+    sys.setswitchinterval(before)
 
 
 def test_it_is_off_inside_and_on_afterwards():
@@ -76,3 +79,53 @@ def test_what_the_caller_has_frozen_stays_so_and_nothing_else_is():
         assert all(id(each) in seen for each in made)
     finally:
         gc.unfreeze()
+
+
+def test_turns_are_short_inside_and_as_before_afterwards():
+    before = sys.getswitchinterval()
+    assert before > TURN
+    with interpreter_handed_over():
+        with interpreter_handed_over():
+            assert sys.getswitchinterval() == TURN
+        assert sys.getswitchinterval() == TURN
+    assert sys.getswitchinterval() == before
+
+
+def test_an_error_ends_short_turns():
+    before = sys.getswitchinterval()
+    with pytest.raises(KeyError), interpreter_handed_over():
+        raise KeyError
+    assert sys.getswitchinterval() == before
+
+
+def test_turns_that_are_shorter_still_stay_so():
+    sys.setswitchinterval(TURN / 2)
+    with interpreter_handed_over():
+        assert sys.getswitchinterval() == TURN / 2
+    assert sys.getswitchinterval() == TURN / 2
+
+
+def test_turns_that_somebody_sets_meanwhile_stay_so():
+    with interpreter_handed_over():
+        sys.setswitchinterval(0.002)
+    assert sys.getswitchinterval() == 0.002
+
+
+def test_turns_are_short_until_the_last_thread_is_through():
+    before = sys.getswitchinterval()
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with interpreter_handed_over():
+            entered.set()
+            left.wait(60)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(60)
+    with interpreter_handed_over():
+        pass
+    assert sys.getswitchinterval() == TURN
+    left.set()
+    thread.join()
+    assert sys.getswitchinterval() == before

@@ -10,7 +10,7 @@ from torch import nn
 
 import kernelgraft
 import relaid
-from kernelgraft.checkpoint import device, memory, positioned
+from kernelgraft.checkpoint import device, memory, positioned, streaming
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.reader import fill
 from kernelgraft.checkpoint.ring import RingError
@@ -47,7 +47,7 @@ def without_a_ring(monkeypatch):
     def refuses(*_):
         raise RingError("no")
 
-    monkeypatch.setattr(device, "ring_for_another", refuses)
+    monkeypatch.setattr(streaming, "ring_for_another", refuses)
 
 
 @pytest.fixture(params=[*LANES, pytest.param("streaming", marks=needs_a_ring)])
@@ -58,8 +58,8 @@ def way(request, monkeypatch):
         monkeypatch.setattr(device, "REGISTERING", LANES[request.param][0])
         monkeypatch.setattr(device, "READING", LANES[request.param][1])
     monkeypatch.setattr(device, "CHUNK", 1 << 18)
-    monkeypatch.setattr(device, "PIECE", 1 << 17)
-    monkeypatch.setattr(device, "STREAMED", 5 << 17)
+    monkeypatch.setattr(streaming, "PIECE", 1 << 17)
+    monkeypatch.setattr(streaming, "STREAMED", 5 << 17)
     monkeypatch.setattr(device, "REGISTERED", 1 << 20)
     if request.param == "refused":
         real = memory.registered
@@ -88,10 +88,10 @@ def test_every_layout_is_filled(way, dtype, odd, weights):
     assert device.pinned.bytes == 0
 
 
-@pytest.mark.parametrize("streaming", [False, pytest.param(True, marks=needs_a_ring)], ids=["threads", "streaming"])
-def test_memory_beyond_the_tensors_is_small(streaming, weights, monkeypatch, request):
+@pytest.mark.parametrize("streams", [False, pytest.param(True, marks=needs_a_ring)], ids=["threads", "streaming"])
+def test_memory_beyond_the_tensors_is_small(streams, weights, monkeypatch, request):
     _, checkpoint = weights
-    if not streaming:
+    if not streams:
         request.getfixturevalue("without_a_ring")
     monkeypatch.setattr(device.pinned, "peak_bytes", 0)
     jobs = [(lazy, empty(tuple(lazy.shape), torch.float32, odd=False)) for lazy in layouts(checkpoint)]
@@ -101,26 +101,25 @@ def test_memory_beyond_the_tensors_is_small(streaming, weights, monkeypatch, req
     before = torch.cuda.memory_stats()[f"{asked}current"]
     fill(jobs)
     after = torch.cuda.memory_stats()
-    lanes = 1 if streaming else device.REGISTERING + device.READING
+    lanes = 1 if streams else device.REGISTERING + device.READING
     assert after[f"{asked}peak"] - before <= lanes * device.CHUNK
     assert after[f"{asked}current"] == before
     by_threads = device.REGISTERING * device.REGISTERED + 2 * device.READING * device.CHUNK
-    assert device.pinned.peak_bytes <= (device.STREAMED if streaming else by_threads)
+    assert device.pinned.peak_bytes <= (streaming.STREAMED if streams else by_threads)
 
 
 @needs_a_ring
 def test_pieces_are_used_again_and_again_while_the_device_is_slow(weights, monkeypatch):
     tensors, checkpoint = weights
-    monkeypatch.setattr(device, "PIECE", 1 << 16)
-    monkeypatch.setattr(device, "STREAMED", 3 << 16)
-    real = device.StreamingLane._send
+    monkeypatch.setattr(streaming, "PIECE", 1 << 16)
+    monkeypatch.setattr(streaming, "STREAMED", 3 << 16)
+    real = streaming.StreamingLane._enter
 
-    def send(lane, read, source):
-        lane._enter(read.out.device)
-        torch.cuda._sleep(2_000_000)  # on the lane's stream, before the copy
-        real(lane, read, source)
+    def enter(lane, device):
+        real(lane, device)
+        torch.cuda._sleep(2_000_000)  # on the lane's stream, before each copy
 
-    monkeypatch.setattr(device.StreamingLane, "_send", send)
+    monkeypatch.setattr(streaming.StreamingLane, "_enter", enter)
     jobs = [(lazy, empty(tuple(lazy.shape), torch.float32, odd=False)) for lazy in layouts(checkpoint)[:3]]
     fill(jobs)
     for (_, out), wanted in zip(jobs, layouts(tensors), strict=False):

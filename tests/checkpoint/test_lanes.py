@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import save_file
 
 from forked import forked
-from kernelgraft.checkpoint import device, reader, ring
-from kernelgraft.checkpoint.device import ReadingLane, RegisteringLane, StreamingLane, device_lanes
+from kernelgraft.checkpoint import device, reader, ring, streaming
+from kernelgraft.checkpoint.device import ReadingLane, RegisteringLane, device_lanes
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.memory import PAGE
 from kernelgraft.checkpoint.ring import Ring, RingError
+from kernelgraft.checkpoint.streaming import StreamingLane
 from made_up_device import CPU, Stream, made_up_device
 from rings import needs_a_ring, open_rings, refusal
 
@@ -52,7 +53,7 @@ def assert_threads_read():
 @needs_a_ring
 def test_where_a_ring_is_granted_one_thread_streams():
     lanes, most = device_lanes({}, 2)
-    assert (kinds(lanes), most) == ([StreamingLane], device.PIECE)
+    assert (kinds(lanes), most) == ([StreamingLane], streaming.PIECE)
 
 
 @needs_a_ring
@@ -69,7 +70,7 @@ def test_the_ring_of_which_that_was_found_out_is_the_one_that_is_used(monkeypatc
     with made_up_device(monkeypatch):
         [lane], _ = device_lanes({}, 2)
         lane().close()
-    assert rings == [device.STREAMED // device.PIECE]
+    assert rings == [streaming.STREAMED // streaming.PIECE]
 
 
 def limits(granted):
@@ -99,10 +100,10 @@ def test_rings_of_the_calling_thread_keep_their_threads(weights, monkeypatch):
 def test_where_the_kernel_refuses_threads_read(number, code, monkeypatch):
     real = ring._call
 
-    def call(asked, *arguments):
+    def call(asked, *arguments, **options):
         if asked == number:
             raise OSError(code, os.strerror(code))
-        return real(asked, *arguments)
+        return real(asked, *arguments, **options)
 
     before = open_rings()
     monkeypatch.setattr(ring, "_call", call)
@@ -200,7 +201,7 @@ def granted(request, monkeypatch):
         raise RingError("io_uring cannot be used: [Errno 1] EPERM, Operation not permitted")
 
     if not request.param:
-        monkeypatch.setattr(device, "ring_for_another", refuses)
+        monkeypatch.setattr(streaming, "ring_for_another", refuses)
     return request.param
 
 
@@ -220,9 +221,18 @@ def fill(lazies):
     return outs
 
 
+def make_small(monkeypatch):
+    for module, name, nbytes in (
+        (streaming, "PIECE", 1 << 16),
+        (streaming, "STREAMED", 5 << 16),
+        (device, "CHUNK", 1 << 17),
+        (device, "REGISTERED", 1 << 18),
+    ):
+        monkeypatch.setattr(module, name, nbytes)
+
+
 def test_either_way_tensors_are_filled(granted, weights, monkeypatch):
-    for name, nbytes in {"PIECE": 1 << 16, "STREAMED": 5 << 16, "CHUNK": 1 << 17, "REGISTERED": 1 << 18}.items():
-        monkeypatch.setattr(device, name, nbytes)
+    make_small(monkeypatch)
     tensors, checkpoint = weights
     ran = set()
     for lane in (StreamingLane, ReadingLane, RegisteringLane):
@@ -246,8 +256,7 @@ def test_either_way_tensors_are_filled(granted, weights, monkeypatch):
 
 
 def test_some_are_begun_before_the_others_are_known(granted, weights, monkeypatch):
-    for name, nbytes in {"PIECE": 1 << 16, "STREAMED": 5 << 16, "CHUNK": 1 << 17, "REGISTERED": 1 << 18}.items():
-        monkeypatch.setattr(device, name, nbytes)
+    make_small(monkeypatch)
     monkeypatch.setattr(reader, "current_streams", lambda _: {CPU: Stream()})
     tensors, checkpoint = weights
     with made_up_device(monkeypatch):
@@ -265,7 +274,7 @@ def test_a_device_copies_by_itself_only_what_its_own_thread_has_registered(weigh
     """Another thread, to which some of the same pages go, has them for a while, and takes them away."""
     for name, number in {"CHUNK": 1 << 13, "REGISTERED": 1 << 15, "REGISTERING": 3, "READING": 0}.items():
         monkeypatch.setattr(device, name, number)
-    monkeypatch.setattr(device, "ring_for_another", lambda _: (_ for _ in ()).throw(RingError("no")))
+    monkeypatch.setattr(streaming, "ring_for_another", lambda _: (_ for _ in ()).throw(RingError("no")))
     tensors, checkpoint = weights
     mine, strange, real_copy = threading.local(), [], torch.Tensor.copy_
     mapped = checkpoint.files[0].shared

@@ -6,6 +6,7 @@
 import errno
 import os
 import signal
+import sys
 import threading
 import time
 from contextlib import contextmanager
@@ -16,28 +17,35 @@ import torch
 from safetensors.torch import save_file
 
 import relaid
-from kernelgraft.checkpoint import device, reader
-from kernelgraft.checkpoint.device import StreamingLane
+from kernelgraft import pausing
+from kernelgraft.checkpoint import device, reader, streaming
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.memory import RegistrationError
 from kernelgraft.checkpoint.pieces import Pieces
 from kernelgraft.checkpoint.ring import Ring, RingError
+from kernelgraft.checkpoint.streaming import StreamingLane
 from kernelgraft.errors import CheckpointError
 from leftovers import open_files
-from made_up_device import CPU, Stream, made_up_device
+from made_up_device import CPU, Driver, Stream, made_up_device
 from relaid import layouts
 from rings import needs_a_ring, open_rings
 
 pytestmark = needs_a_ring
 
 
+@pytest.fixture(params=[None, 0.0, 0.3], ids=["torch alone", "driver", "driver that refuses some"])
+def driver(request):
+    """What the driver's library does with it, if it is there."""
+    return None if request.param is None else Driver(request.param)
+
+
 @pytest.fixture(params=[(1 << 16, 1), (1 << 16, 3), (1 << 18, 8)], ids=["1x64K", "3x64K", "8x256K"])
-def streams(request, monkeypatch):
+def streams(request, monkeypatch, driver):
     """The streams of a made-up device, and pieces of some size and number."""
     size, count = request.param
-    monkeypatch.setattr(device, "PIECE", size)
-    monkeypatch.setattr(device, "STREAMED", size * count)
-    with made_up_device(monkeypatch) as made:
+    monkeypatch.setattr(streaming, "PIECE", size)
+    monkeypatch.setattr(streaming, "STREAMED", size * count)
+    with made_up_device(monkeypatch, driver) as made:
         yield made
 
 
@@ -53,7 +61,7 @@ def fill(jobs, on_progress=None, others=()):
     reading = reader.Reading()
     reading.streams[CPU] = Stream()
     reading.start([partial(StreamingLane, reading.streams, Ring(8), 2), *others])
-    return reading.run(reader._in_order(jobs, device.PIECE), (), on_progress)
+    return reading.run(reader._in_order(jobs, streaming.PIECE), (), on_progress)
 
 
 def jobs_of(lazies, dtype=torch.float32):
@@ -72,17 +80,60 @@ def test_every_layout_is_filled(streams, dtype, others, weights):
             assert torch.equal(out, wanted.to(dtype))
 
 
-def test_pages_that_cannot_be_pinned_serve_as_they_are(streams, weights, monkeypatch):
+def test_what_goes_straight_to_its_place_goes_by_the_driver(streams, driver, weights):
+    tensors, checkpoint = weights
+    jobs = [(lazy, torch.empty(lazy.shape)) for lazy in checkpoint.values()]
+    fill(jobs)
+    assert all(torch.equal(out, tensors[name]) for (_, out), name in zip(jobs, checkpoint, strict=True))
+    if driver is not None:
+        num_reads = len(reader._in_order(jobs, streaming.PIECE))
+        assert driver.copied == num_reads if not driver.refuses else 0 < driver.copied < num_reads
+        assert driver.recorded > 0
+
+
+def test_what_is_begun_goes_on_its_way_while_nothing_more_is_known(streams, weights, monkeypatch):
+    """However few pieces it takes."""
+    monkeypatch.setattr(reader, "current_streams", lambda _: {CPU: Stream()})
+    jobs = jobs_of(list(weights[1].values())[:1])
+    num_reads = len(reader._in_order(jobs, streaming.PIECE))
+    reading = reader.Reading()
+    reading.most = streaming.PIECE
+    reading.start([partial(StreamingLane, reading.streams, Ring(8), 2)])
+    reading.begin(jobs)
+    ends = time.monotonic() + 60
+    while sum(each.number_put for each in streams) < num_reads and time.monotonic() < ends:
+        time.sleep(0.001)
+    assert sum(each.number_put for each in streams) == num_reads
+    reading.run([], (), None)
+
+
+def test_while_it_runs_threads_hand_the_interpreter_over(streams, weights, monkeypatch):
+    seen, before = [], sys.getswitchinterval()
+    real = Pieces.begin
+
+    def begin(pieces, task):
+        seen.append(sys.getswitchinterval())
+        real(pieces, task)
+
+    monkeypatch.setattr(Pieces, "begin", begin)
+    fill(jobs_of(layouts(weights[1])))
+    assert set(seen) == {pausing.TURN} != {before}
+    assert sys.getswitchinterval() == before
+
+
+def test_pages_that_cannot_be_pinned_serve_as_they_are(streams, driver, weights, monkeypatch):
     @contextmanager
     def refuses(*_args, **_kwargs):
         raise RegistrationError("no")
         yield
 
-    monkeypatch.setattr(device, "registered", refuses)
+    monkeypatch.setattr(streaming, "registered", refuses)
     tensors, checkpoint = weights
     jobs = jobs_of(layouts(checkpoint))
     fill(jobs)
     assert all(torch.equal(out, wanted) for (_, out), wanted in zip(jobs, layouts(tensors), strict=True))
+    # It would wait for each, with the interpreter.
+    assert driver is None or driver.copied == driver.recorded == 0
 
 
 def test_a_file_that_was_cut_off_leaves_nothing(streams, weights):
@@ -146,7 +197,7 @@ def test_a_failed_registration_gives_everything_back(streams, monkeypatch):
         raise RuntimeError("the driver is gone")
         yield
 
-    monkeypatch.setattr(device, "registered", breaks)
+    monkeypatch.setattr(streaming, "registered", breaks)
     with pytest.raises(RuntimeError, match="the driver is gone"):
         StreamingLane({}, Ring(8), 1)
 

@@ -8,7 +8,6 @@ straight into place, or into a small staging buffer on the device, which lays th
 """
 
 import logging
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -19,50 +18,34 @@ import torch
 from kernelgraft.checkpoint.memory import (
     PAGE,
     Mapped,
-    Pinned,
     RegistrationError,
     advise_huge,
-    bytes_of,
     registered,
     writable,
 )
-from kernelgraft.checkpoint.pieces import Piece, Pieces
 from kernelgraft.checkpoint.positioned import read_runs
 from kernelgraft.checkpoint.requests import Read, Straight
-from kernelgraft.checkpoint.ring import Ring, RingError, ring_for_another
+from kernelgraft.checkpoint.ring import RingError
+from kernelgraft.checkpoint.sending import CHUNK, DeviceLane, Streams, pinned
+from kernelgraft.checkpoint.streaming import streaming
 from kernelgraft.checkpoint.waiting import Lane, Waiting
 
 logger = logging.getLogger("kernelgraft")
 
-pinned = Pinned()
-"""The host memory that loads have registered at the moment, and the most that it was."""
-
-# Seconds of filling 16.4 GB from the page cache through a ring (H200, 16 cores, torch 2.11, Linux 6.18, 2026-11-28,
-# medians of 5, in turn), by MB of a piece and of all: 1 of 64 0.76, 2 of 64 0.41, 2 of 96 0.42, 4 of 96 0.38,
-# 4 of 192 0.42, 8 of 192 0.44; by threads, as below, 0.58. Two threads that register take the interpreter from the one
-# that streams: with them 4 of 96 took 0.80. A whole from_pretrained in fresh processes (medians of 3) took 0.53 with
-# 4 of 96, 0.61 with 2 of 96 and with 4 of 192, 0.79 with threads.
-PIECE, STREAMED = 4 << 20, 96 << 20
-"""Most bytes of one read by the thread that streams, and bytes of all its pieces together."""
-
-# The same by threads that read and threads that register (32 MB each), on an H100 (2026-11-28, medians of 7): 16 + 0
-# 0.66, 12 + 0 0.67, 12 + 4 0.68, 8 + 4 0.72, 8 + 0 0.76, 0 + 12 1.00; in chunks of 4 MB 16 + 0 took 1.01, in
-# chunks of 16 MB 0.65. On the H200 above: 12 + 0 0.53, 12 + 2 0.58. So those that register gained nothing on either
-# machine. There are some because on an H200 of another day they were the faster way (0.66 to 0.85 against 1.0 to 1.2,
-# 2026-11-24, by code that was thrown away), and where that is so the larger share of the reads falls to them.
+# Seconds of filling 16.4 GB by threads that read and threads that register (32 MB each), on an H100 (2026-11-28,
+# medians of 7): 16 + 0 0.66, 12 + 0 0.67, 12 + 4 0.68, 8 + 4 0.72, 8 + 0 0.76, 0 + 12 1.00; in chunks of 4 MB 16 + 0
+# took 1.01, in chunks of 16 MB 0.65. On the H200 of `streaming.py`: 12 + 0 0.53, 12 + 2 0.58. So those that register
+# gained nothing on either machine. There are some because on an H200 of another day they were the faster way (0.66 to
+# 0.85 against 1.0 to 1.2, 2026-11-24, by code that was thrown away), and where that is so the larger share of the reads
+# falls to them.
 REGISTERING, READING = 2, 12
 """Threads of either kind where no ring is granted."""
-
-CHUNK = 8 << 20
-"""Most bytes of one read by those that read, and the size of a buffer."""
 
 REGISTERED = 32 << 20
 """Bytes of a file that one thread registers at once."""
 
 # A gap in the file that is registered along.
 _GAP = 1 << 20
-
-Streams = Mapping[torch.device, torch.cuda.Stream]
 
 
 def reserve(nbytes: Mapping[torch.device, int]) -> None:
@@ -99,70 +82,12 @@ def device_lanes(after: Streams, cores: int) -> tuple[list[Callable[[], Lane]], 
         What makes each lane, and how many bytes at most a read for them may have.
     """
     try:
-        # Kept from here on: a second one might not be granted.
-        ring = ring_for_another(STREAMED // PIECE)
+        lane, most = streaming(after, cores)
     except RingError as error:
         logger.debug("threads read in place of a ring: %s", error)
         threads: list[Callable[[], Lane]] = [partial(RegisteringLane, after)] * REGISTERING
         return [*threads, *[partial(ReadingLane, after)] * min(READING, cores)], CHUNK
-    return [partial(StreamingLane, after, ring, cores)], PIECE
-
-
-class _DeviceLane:
-    """A stream and, where bytes are laid out anew, a staging buffer on each device.
-
-    A lane has its thread to itself, whose current stream stays set: to change it for each read, and to make each
-    read's view anew, takes the interpreter as long as all else, and the lanes wait for each other there.
-    """
-
-    def __init__(self, after: Streams) -> None:
-        self._after = after
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._staging: dict[torch.device, torch.Tensor] = {}
-        self._current: torch.device | None = None
-        self._filling: tuple[torch.Tensor, torch.Tensor] | None = None
-
-    def _enter(self, device: torch.device) -> None:
-        """Let what follows be enqueued on this lane's stream of a device."""
-        if device == self._current:
-            return
-        if device not in self._streams:
-            self._streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        torch.cuda.set_stream(self._streams[device])
-        self._current = device
-
-    def _send(self, read: Read, source: torch.Tensor) -> None:
-        """Let a device copy the bytes of a read out of pinned memory."""
-        self._enter(read.out.device)
-        target = self._target(read)
-        target.copy_(source, non_blocking=True)
-        if not isinstance(read, Straight):
-            read.place(target)
-
-    def _target(self, read: Read) -> torch.Tensor:
-        """Where the bytes of a read go on the device: their place, or the beginning of the staging buffer."""
-        if isinstance(read, Straight):
-            if self._filling is None or self._filling[0] is not read.out:
-                self._filling = read.out, bytes_of(read.out)
-            return self._filling[1].narrow(0, read.at, read.nbytes)
-        device = read.out.device
-        if device not in self._staging or self._staging[device].nbytes < read.nbytes:
-            # Of the caller's stream, so that the allocator has it back for the caller.
-            with torch.cuda.stream(self._after[device]):
-                self._staging[device] = torch.empty(max(CHUNK, read.nbytes), dtype=torch.uint8, device=device)
-            # It may still be used by what was enqueued before: the allocator hands memory on at once.
-            self._streams[device].wait_stream(self._after[device])
-        return self._staging[device].narrow(0, 0, read.nbytes)
-
-    def _wait(self) -> None:
-        for stream in self._streams.values():
-            stream.synchronize()
-
-    def close(self) -> None:
-        """See `Lane`."""
-        self._wait()
-        self._staging = {}
-        self._filling = None
+    return [lane], most
 
 
 class _Buffer:
@@ -191,7 +116,7 @@ class _Buffer:
             event.synchronize()
 
 
-class ReadingLane(_DeviceLane):
+class ReadingLane(DeviceLane):
     """Reads into pinned buffers, one being filled while the devices copy the other."""
 
     def __init__(self, after: Streams) -> None:
@@ -226,90 +151,7 @@ class ReadingLane(_DeviceLane):
         self._stack.close()
 
 
-class StreamingLane(_DeviceLane):
-    """Lets the kernel fill small pinned pieces, many at a time, each on its way to a device as soon as it is full."""
-
-    def __init__(self, after: Streams, ring: Ring, workers: int) -> None:
-        super().__init__(after)
-        self._pieces = Pieces(PIECE, STREAMED // PIECE, ring)
-        # Pieces that were sent together, and what tells that each device has copied them.
-        self._sent: deque[tuple[dict[torch.device, torch.cuda.Event], list[Piece]]] = deque()
-        self._events: dict[torch.device, list[torch.cuda.Event]] = {}
-        self._stack = ExitStack()
-        self._stack.callback(self._pieces.close)
-        try:
-            ring.limit(workers)
-            # Without it the driver copies by way of memory of its own, which is slower and as right.
-            with suppress(RegistrationError):
-                pieces = registered(self._pieces.address, self._pieces.nbytes, pinned, read_only=False)
-                self._stack.enter_context(pieces)
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def take(self, waiting: Waiting) -> list[Read]:
-        """See `Lane`; when there is nothing more to take, what was begun is sent on its way."""
-        task = waiting.take(PIECE)
-        while not task and self._pieces.being_filled:
-            self._send_all(self._pieces.filled(wait=True))
-        return task
-
-    def run(self, task: Sequence[Read]) -> None:
-        """See `Lane`; the reads are only begun when it returns."""
-        self._give_back(wait=False)
-        while not self._pieces.free:
-            # The kernel is the slower one, or the device is.
-            if self._pieces.being_filled:
-                self._send_all(self._pieces.filled(wait=True))
-                self._give_back(wait=False)
-            else:
-                self._give_back(wait=True)
-        self._pieces.begin(task)
-        self._send_all(self._pieces.filled(wait=False))
-
-    def _send_all(self, pieces: list[Piece]) -> None:
-        """Let the devices copy what is in full pieces."""
-        if not pieces:
-            return
-        devices = set()
-        for piece in pieces:
-            position = 0
-            for read in piece.task:
-                self._send(read, piece.bytes.narrow(0, position, read.nbytes))
-                position += read.nbytes
-                devices.add(read.out.device)
-        self._sent.append(({device: self._recorded(device) for device in devices}, pieces))
-
-    def _recorded(self, device: torch.device) -> torch.cuda.Event:
-        unused = self._events.setdefault(device, [])
-        event = unused.pop() if unused else torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record(self._streams[device])
-        return event
-
-    def _give_back(self, *, wait: bool) -> None:
-        """Have the pieces again that the devices have copied, those that were sent first at least if `wait`."""
-        while self._sent:
-            events, pieces = self._sent[0]
-            if wait:
-                for event in events.values():
-                    event.synchronize()
-            elif not all(event.query() for event in events.values()):  # type: ignore[no-untyped-call]
-                return
-            wait = False
-            self._sent.popleft()
-            self._pieces.give_back(pieces)
-            for device, event in events.items():
-                self._events[device].append(event)
-
-    def close(self) -> None:
-        """See `Lane`. What cannot be waited for may still write to the pieces or read them: then they stay."""
-        self._pieces.settle()
-        super().close()
-        self._sent.clear()
-        self._stack.close()
-
-
-class RegisteringLane(_DeviceLane):
+class RegisteringLane(DeviceLane):
     """Registers pages of the mapped file and lets the device copy them; reads where the driver does not take them."""
 
     def __init__(self, after: Streams) -> None:

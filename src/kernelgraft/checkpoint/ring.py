@@ -52,8 +52,8 @@ class Ring:
     # What makes plain loads and stores do, where the kernel's header asks for acquire and release:
     # - What is queued is read by this same thread, inside `enter`: a thread sees its own stores in order.
     # - The tail of what has ended may move at any time, by another core. x86 keeps loads in order. Elsewhere, between
-    #   the load of the tail and the loads of what lies before it, stands one more `enter`: ctypes gives the interpreter
-    #   up before it and takes it again afterwards, a release and an acquire, which no load passes.
+    #   the load of the tail and the loads of what lies before it, stands one more `enter`: there ctypes gives the
+    #   interpreter up before it and takes it again afterwards, a release and an acquire, which no load passes.
     # - That our head moves before its entries were loaded does no harm: there are twice as many places for results as
     #   reads may be on their way, so the kernel never comes near what we have not taken.
 
@@ -139,12 +139,16 @@ class Ring:
     def enter(self, least: int = 0) -> None:
         """Hand over what is queued, and wait until there are `least` results; signals may end it before.
 
+        Where nothing is waited for the thread keeps the interpreter: it takes microseconds, and to have it back from a
+        thread that works in Python takes `sys.getswitchinterval()`.
+
         Raises:
             RingError: The kernel refuses, or has no memory for any read.
         """
         queued = (self._word[self._sq_tail] - self._word[self._sq_head]) & _U32
+        keep = not least and not _LOADS_PASS_LOADS
         try:
-            _call(_ENTER, self._fd, queued, least, _GETEVENTS, None, 0)
+            _call(_ENTER, self._fd, queued, least, _GETEVENTS, None, 0, keep=keep)
         except InterruptedError:
             return
         except BlockingIOError as error:
@@ -218,13 +222,18 @@ def _mapped(fd: int, size: int, offset: int) -> mmap.mmap:
     return mmap.mmap(fd, size, mmap.MAP_SHARED | mmap.MAP_POPULATE, mmap.PROT_READ | mmap.PROT_WRITE, offset=offset)
 
 
-def _call(number: int, *arguments: Any) -> int:
+def _call(number: int, *arguments: Any, keep: bool = False) -> int:
     """A system call that the C library has no name for.
+
+    Args:
+        number: Its number.
+        *arguments: Its arguments.
+        keep: Whether the thread keeps the interpreter meanwhile.
 
     Raises:
         OSError: It fails.
     """
-    result: int = _libc().syscall(number, *arguments)
+    result: int = _libc(keep).syscall(number, *arguments)
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, f"{errno.errorcode.get(code, code)}, {os.strerror(code)}")
@@ -232,5 +241,5 @@ def _call(number: int, *arguments: Any) -> int:
 
 
 @cache
-def _libc() -> Any:
-    return ctypes.CDLL(None, use_errno=True)
+def _libc(keep: bool) -> Any:
+    return (ctypes.PyDLL if keep else ctypes.CDLL)(None, use_errno=True)

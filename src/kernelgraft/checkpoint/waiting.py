@@ -35,7 +35,7 @@ class Waiting:
                 self._is_all = is_all
                 self._changed.notify_all()
 
-    def take(self, most: int, *, gap: int | None = None, count: int | None = None) -> list[Read]:
+    def take(self, most: int, *, gap: int | None = None, count: int | None = None, wait: bool = True) -> list[Read]:
         """The next reads, none if nothing is left.
 
         Towards the end less is given at once, so that all threads end at about the same time.
@@ -44,9 +44,10 @@ class Waiting:
             most: How many bytes at most, if there is more than one read.
             gap: How far a read may be behind the one before it in the same file; by default it may be anywhere.
             count: How many reads at most.
+            wait: Wait for more while there may be some; otherwise none are given then.
         """
         with self._changed:
-            while not self._reads and not self._is_all:
+            while wait and not self._reads and not self._is_all:
                 self._changed.wait()
             most = min(most, max(_LEAST, self._nbytes // (2 * self.num_lanes)))
             task: list[Read] = []
