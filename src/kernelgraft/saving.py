@@ -47,8 +47,9 @@ def save_model(
     names = Names()
     files, index = _shards(kept, names, max_shard_size)
     record = recorded_config.record_of(graft, folder)
-    with replacing(folder, names, recorded_config.FILES) as new, FileWriter() as writer:
-        with progress_bar(sum(tensor.nbytes for tensor in kept.values()), "Writing weights") as progress:
+    with replacing(folder, names, recorded_config.FILES) as new:
+        total = sum(tensor.nbytes for tensor in kept.values())
+        with progress_bar(total, "Writing weights") as progress, FileWriter() as writer:
             for file, members in files.items():
                 metadata = {gone: name for gone, name in named_in.items() if name in members}
                 tensors = {name: kept[name] for name in members}

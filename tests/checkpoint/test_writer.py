@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -143,12 +144,13 @@ def test_lazy_tensors_are_laid_out_piece_by_piece(tmp_path):
 
 def test_several_files_by_one_writer(tmp_path):
     done = []
+    files = [{"w": values(torch.float32, 1000 * i + 1, seed=i)} for i in range(5)]
     with FileWriter(chunk=PAGE) as writer:
-        for i in range(3):
-            tensors = {"w": values(torch.float32, 1000 * i + 1, seed=i)}
+        for i, tensors in enumerate(files):
             writer.write(tmp_path / f"{i}", tensors, None, done.append)
-            assert (tmp_path / f"{i}").read_bytes() == expected(tmp_path / "theirs", tensors)
-    assert sum(done) == sum((tmp_path / f"{i}").stat().st_size for i in range(3))
+    for i, tensors in enumerate(files):
+        assert (tmp_path / f"{i}").read_bytes() == expected(tmp_path / "theirs", tensors)
+    assert sum(done) == sum((tmp_path / f"{i}").stat().st_size for i in range(5))
     assert_nothing_left(tmp_path)
 
 
@@ -172,6 +174,75 @@ def test_a_file_that_is_there_is_not_written_over(tmp_path):
     with pytest.raises(FileExistsError), FileWriter() as writer:
         writer.write(tmp_path / "there", {"w": torch.ones(2)})
     assert (tmp_path / "there").read_text() == "precious"
+
+
+def test_the_next_file_is_written_while_one_is_brought_to_the_disk(tmp_path, monkeypatch):
+    fsync, synced, began_second = os.fsync, [], threading.Event()
+
+    def wait(fd):
+        if not synced:
+            synced.append("first")
+            assert began_second.wait(60)
+        fsync(fd)
+
+    def pwrite(fd, data, offset, real=os.pwrite):
+        if synced:
+            began_second.set()
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "fsync", wait)
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    tensors = {"w": values(torch.float32, 200, 100)}
+    with FileWriter(threads=2, chunk=PAGE) as writer:
+        for name in ("first", "second"):
+            writer.write(tmp_path / name, tensors)
+    for name in ("first", "second"):
+        assert (tmp_path / name).read_bytes() == expected(tmp_path / "theirs", tensors)
+    assert_nothing_left(tmp_path)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_what_cannot_be_brought_to_the_disk_is_an_error_in_the_end(failing, tmp_path, monkeypatch):
+    fsync, asked = os.fsync, []
+
+    def fails(fd):
+        asked.append(fd)
+        if len(asked) == failing + 1:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", fails)
+
+    def write():
+        with FileWriter(threads=2, chunk=PAGE) as writer:
+            for i in range(3):
+                writer.write(tmp_path / f"{i}", {"w": values(torch.float32, 200, 100)})
+
+    with pytest.raises(OSError, match="Input/output error"):
+        write()
+    assert_nothing_left(tmp_path)
+
+
+def test_after_a_failure_nothing_more_is_written(tmp_path, monkeypatch):
+    def fails(fd, data, offset):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", fails)
+    seen = []
+
+    def write():
+        with FileWriter(threads=2, chunk=PAGE) as writer:
+            for name in ("first", "second"):
+                try:
+                    writer.write(tmp_path / name, {"w": values(torch.float32, 200, 100)})
+                except OSError as error:
+                    seen.append(error)
+
+    with pytest.raises(OSError, match="No space left") as raised:
+        write()
+    assert seen == [raised.value] * 2
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+    assert_nothing_left(tmp_path)
 
 
 @pytest.mark.parametrize("at", [1, 3, 11])

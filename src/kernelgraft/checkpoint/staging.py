@@ -71,7 +71,7 @@ class Staging:
 
     def wait(self) -> None:
         """Wait until all that was asked for lies in the buffer."""
-        for stream in self._streams.values():
+        for stream in list(self._streams.values()):  # for the next file there may come one while this waits
             stream.synchronize()
 
     def close(self) -> None:

@@ -2,7 +2,8 @@
 
 A file is cut into chunks at fixed places. A thread gathers one chunk in a buffer, from wherever its tensors are and
 however they lie there, and writes it to its place, past the page cache where the file system can. So a copy of the
-model is never made: what is in memory beyond it is one buffer for each thread.
+model is never made: what is in memory beyond it is one buffer for each thread. While one file is brought to the disk
+the next is begun: the disk has something to do until the last one.
 """
 
 import bisect
@@ -10,9 +11,11 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import cast
@@ -106,20 +109,26 @@ def _span(name: str, tensor: torch.Tensor, start: int, stop: int) -> Span:
 
 
 class _File:
-    """A file while it is written."""
+    """A file while it is written.
 
-    def __init__(self, path: Path, header: bytes, spans: tuple[Span, ...], *, direct: bool) -> None:
+    Attributes:
+        left: How many of its chunks are not written.
+    """
+
+    def __init__(self, path: Path, header: bytes, spans: tuple[Span, ...], chunk: int) -> None:
         self.path = path
         self.header = header
         self.spans = spans
         self.size = spans[-1].stop if spans else len(header)
+        self.left = -(-self.size // chunk)
         self._starts = [span.start for span in spans]
         flags = os.O_WRONLY | getattr(os, "O_CLOEXEC", 0)
         self._fd = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
         self._direct: int | None = None
+        self._is_open = True
         try:
             allocate(self._fd, self.size)
-            if direct and hasattr(os, "O_DIRECT"):
+            if self.left > 1 and hasattr(os, "O_DIRECT"):
                 self._direct = _opened(path, flags | os.O_DIRECT)
         except BaseException:
             self.close()
@@ -162,9 +171,11 @@ class _File:
         os.fsync(self._fd)
 
     def close(self) -> None:
-        for fd in (self._fd, self._direct):
+        """Close it, if it is open."""
+        for fd in (self._fd, self._direct) if self._is_open else ():
             if fd is not None:
                 os.close(fd)
+        self._is_open = False
 
 
 def _opened(path: Path, flags: int) -> int | None:
@@ -180,8 +191,15 @@ def _write_at(fd: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
+_Part = tuple[_File, int, Callable[[int], None]]
+"""A file, where in it a chunk begins, and whom to tell that it is written."""
+
+
 class FileWriter:
-    """Writes safetensors files, one after the other, each by several threads. Use it as a context manager."""
+    """Writes safetensors files by several threads.
+
+    Use it as a context manager: when its block ends, the disk has all files.
+    """
 
     def __init__(self, *, threads: int = THREADS, chunk: int = CHUNK) -> None:
         self._chunk = chunk
@@ -189,6 +207,11 @@ class FileWriter:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="kernelgraft-save")
         self._alone = ThreadPoolExecutor(1, thread_name_prefix="kernelgraft-save")
         self._staging: list[Staging] = []
+        self._files: set[_File] = set()
+        self._left: deque[_Part] = deque()
+        self._is_all = False
+        self._failures: list[BaseException] = []
+        self._changed = threading.Condition()
 
     def __enter__(self) -> "FileWriter":
         return self
@@ -196,13 +219,7 @@ class FileWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        uninterrupted(self._close)
-
-    def _close(self) -> None:
-        for pool in (self._pool, self._alone):
-            pool.shutdown(wait=True)
-        for staging in self._staging:
-            staging.close()
+        uninterrupted(partial(self._end, is_whole=kind is None), self._stop)
 
     def write(
         self,
@@ -211,58 +228,91 @@ class FileWriter:
         metadata: Mapping[str, str] | None = None,
         progress: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """Write a new file, and wait until the disk has it.
+        """Write a new file. It returns when the last chunk is in a thread's hands; the block's end waits for the disk.
 
         Args:
             path: Where to; nothing may be there.
-            tensors: Tensors by name, plain ones of any strides and lazy ones, on any device.
+            tensors: Tensors by name, plain ones of any strides and lazy ones, on any device. They must not change
+                before the block ends.
             metadata: Texts that go into the header.
-            progress: Called with the number of bytes after each chunk.
+            progress: Called with the number of bytes after each chunk, until the block ends.
 
         Raises:
             CheckpointError: A tensor cannot stand in such a file.
-            OSError: The file cannot be written.
+            OSError: This file, or one before it, cannot be written. The end of the block raises what comes later.
         """
         header, spans = layout(tensors, metadata)
         size = spans[-1].stop if spans else len(header)
         starts = range(0, size, self._chunk)
         while len(self._staging) < min(self._threads, len(starts)):
             self._staging.append(Staging(self._chunk, self._alone))
+            self._pool.submit(self._work, self._staging[-1])
         # Here and not in the threads: each thread has another current stream.
         devices = {span.tensor.device for span in spans}
         for staging in self._staging:
             staging.prepare(devices)
-        stopped = threading.Event()
 
-        def work() -> None:
-            file = _File(Path(path), header, spans, direct=len(starts) > 1)
-            try:
-                self._fill(file, starts, progress, stopped)
-                file.finish()
-            finally:
-                file.close()
+        def begin() -> None:
+            if self._failures:
+                return
+            file = _File(Path(path), header, spans, self._chunk)
+            with self._changed:
+                self._files.add(file)
+                if not self._is_all:
+                    self._left.extend((file, start, progress) for start in starts)
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: not self._left)
 
-        uninterrupted(work, stopped.set)
+        uninterrupted(begin, self._stop)
+        if self._failures:
+            raise self._failures[0]
 
-    def _fill(
-        self, file: _File, starts: Iterable[int], progress: Callable[[int], None], stopped: threading.Event
-    ) -> None:
-        turn, left = threading.Lock(), iter(starts)
-
-        def work(staging: Staging) -> None:
-            while not stopped.is_set():
-                with turn:
-                    start = next(left, None)
-                if start is None:
-                    return
+    def _work(self, staging: Staging) -> None:
+        try:
+            while (part := self._next()) is not None:
+                file, start, progress = part
                 stop = min(start + self._chunk, file.size)
                 file.fill(start, stop, staging)
                 file.write(start, stop, staging)
-                with turn:
+                with self._changed:
                     progress(stop - start)
+                    file.left -= 1
+                    is_written = not file.left
+                if is_written:
+                    file.finish()
+                    with self._changed:
+                        self._files.remove(file)
+                    file.close()
+        except BaseException as error:  # raised again where a file is asked for, or by the block's end
+            self._failures.append(error)
+            self._stop()
 
-        running = [self._pool.submit(work, staging) for staging in self._staging]
-        wait(running, return_when=FIRST_EXCEPTION)
-        stopped.set()
-        for each in running:
-            each.result()
+    def _next(self) -> _Part | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._left or self._is_all)
+            part = self._left.popleft() if self._left else None
+            if not self._left:
+                self._changed.notify_all()
+            return part
+
+    def _stop(self) -> None:
+        """Nothing more is begun."""
+        with self._changed:
+            self._left.clear()
+            self._is_all = True
+            self._changed.notify_all()
+
+    def _end(self, *, is_whole: bool) -> None:
+        if not is_whole:
+            self._stop()
+        with self._changed:
+            self._is_all = True
+            self._changed.notify_all()
+        for pool in (self._pool, self._alone):
+            pool.shutdown(wait=True)
+        for staging in self._staging:
+            staging.close()
+        for file in self._files:
+            file.close()
+        if is_whole and self._failures:
+            raise self._failures[0]
