@@ -5,6 +5,7 @@ is loaded is imported before the clock starts, for both alike.
 """
 
 import logging
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -57,15 +58,18 @@ def ours(run: Run, *, merged: bool) -> Measurement:
 
 
 class _Noting(logging.Handler):
-    """Notes how long it took from when all reads were known until they were done, which our log says."""
+    """Notes what our log says: when reading began, and how much was read and what time was left when all was known."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
         self.run = run
+        self.begun = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
+        if record.msg == "begin to read":
+            self.begun = time.monotonic()
         if record.msg.startswith("read ") and isinstance(record.args, tuple):
-            self.run.result["reading_s"] = record.args[1]
+            self.run.result["early_gb"], self.run.result["reading_s"] = record.args[1:3]
 
 
 @contextmanager
@@ -80,6 +84,8 @@ def noted_reading(run: Run) -> Iterator[None]:
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before)
+    if handler.begun:
+        run.result["begun_s"] = handler.begun - run.result["began"]
 
 
 def transformers(run: Run) -> Measurement:

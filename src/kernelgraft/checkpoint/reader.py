@@ -64,15 +64,19 @@ def fill(
     started = time.perf_counter()
     cuda = [job for job in jobs if goes_to_cuda(job[1])]
     others = [job for job in jobs if not goes_to_cuda(job[1])]
-    total = 0
+    total = early = 0
     if others:
         total += _carry_out(_in_order(others, CHUNK), [CpuLane] * _host_threads(threads), on_progress)
     if cuda or (ready and ready.begun):
         ready = ready or ready_for_cuda()
+        early = ready.num_read
         total += ready.run(_in_order(cuda, ready.most), {out.device for _, out in cuda}, on_progress)
     if total:
         seconds = time.perf_counter() - started
-        logger.debug("read %.3f GB in %.3f s (%.1f GB/s)", total / 1e9, seconds, total / 1e9 / max(seconds, 1e-9))
+        rate = (total - early) / 1e9 / max(seconds, 1e-9)
+        logger.debug(
+            "read %.3f GB, %.3f before all was known; then %.3f s (%.1f GB/s)", total / 1e9, early / 1e9, seconds, rate
+        )
     return total
 
 
@@ -171,8 +175,15 @@ class Reading:
 
     def begin(self, jobs: Sequence[Job]) -> None:
         """Start to fill tensors on CUDA devices from files; `run` goes on with the rest, and tells how it went."""
+        if jobs and not self.begun:
+            logger.debug("begin to read")
         self.begun |= {id(lazy): (lazy, out) for lazy, out in jobs}
         self._put(_in_order(jobs, self.most), {out.device for _, out in jobs}, is_all=False)
+
+    @property
+    def num_read(self) -> int:
+        """How many bytes were read before `run`, or are on their way."""
+        return self._waiting.unreported
 
     def run(
         self, reads: Sequence[Read], devices: Iterable[torch.device], on_progress: Callable[[int], None] | None

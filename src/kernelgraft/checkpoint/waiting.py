@@ -16,6 +16,7 @@ class Waiting:
 
     Attributes:
         num_lanes: How many threads share it.
+        unreported: Bytes that were carried out, and of which nobody was told.
     """
 
     def __init__(self) -> None:
@@ -23,7 +24,7 @@ class Waiting:
         self._reads: deque[Read] = deque()
         self._is_all = False
         self._nbytes = 0
-        self._unreported = 0
+        self.unreported = 0
         self._changed = threading.Condition()
 
     def put(self, reads: Sequence[Read], *, is_all: bool = True) -> None:
@@ -64,10 +65,10 @@ class Waiting:
     def done(self, task: Sequence[Read], on_progress: Callable[[int], None] | None) -> None:
         """Report what was carried out, and what was before there was somebody to report to."""
         with self._changed:
-            self._unreported += sum(read.nbytes for read in task)
+            self.unreported += sum(read.nbytes for read in task)
             if on_progress is not None:
-                on_progress(self._unreported)
-                self._unreported = 0
+                on_progress(self.unreported)
+                self.unreported = 0
 
     def stop(self) -> None:
         """Nothing more is given."""
