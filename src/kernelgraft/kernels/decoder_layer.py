@@ -14,8 +14,7 @@ from torch import nn
 
 from . import device
 from .few_tokens import Norm, product, taken, takes
-from .gated_mlp import run, weights_of
-from .rms_norm import add_rms_norm
+from .gated_mlp import run, run_behind, weights_of
 from .rms_norm_attention import RMSNormAttentionLayout, attended, prepare
 from .rms_norm_mlp import RMSNormMLPLayout
 
@@ -106,8 +105,8 @@ class DecoderLayer(nn.Module):
     ) -> torch.Tensor:
         """(B, T, H) to (B, T, H)."""
         kwargs.update(position_ids=position_ids, use_cache=use_cache)
-        out, _ = attended(self.attention, hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
-        return _behind(self, out, hidden_states)
+        states = (hidden_states, position_embeddings, attention_mask, past_key_values, kwargs)
+        return _behind(self, attended(self.attention, *states)[0], hidden_states)
 
 
 def _behind(self: Any, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -116,10 +115,18 @@ def _behind(self: Any, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.
     mlp = self.feed_forward
     norm = Norm(mlp.scale, *mlp.kind)
     few = takes(out, weight, bias, hidden_states)
-    trains = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
-    if few or trains or not device.in_triton(out):
+    if few or not device.in_triton(out) or _trains(self, hidden_states):
         # In training the sum alone is kept, and the norm is computed again.
         h = (taken if few else product)(out, weight, bias, residual=hidden_states)
         return run(mlp, h, norm, residual=h)
-    normed, h = add_rms_norm(product(out, weight, bias), hidden_states, *norm)
-    return run(mlp, normed, residual=h)
+    held = [product(out, weight, bias)]
+    del out  # it would lie there beside all that the MLP needs
+    return run_behind(mlp, held, hidden_states, norm)
+
+
+def _trains(self: Any, hidden_states: torch.Tensor) -> bool:
+    """Whether a gradient is recorded."""
+    if not torch.is_grad_enabled():
+        return False
+    tensors = (hidden_states, *self.attention.parameters(), *self.feed_forward.parameters())
+    return any(each.requires_grad for each in tensors)

@@ -111,10 +111,17 @@ def product(
         return reference(x, weight, bias, norm, act, residual)
     if takes(x, weight, bias, norm and norm.weight, residual):
         return taken(x, weight, bias, norm, act, residual)
-    x = x if norm is None else rms_norm.rms_norm(x, *norm)
-    y = F.linear(x, weight, bias)
+    # What lies between is let go as soon as it was used: for many tokens it is large.
+    y = F.linear(x if norm is None else rms_norm.rms_norm(x, *norm), weight, bias)
     y = activation.gated_activation(y, act) if act else y
-    return y if residual is None else residual + y
+    return y if residual is None else plus(y, residual)
+
+
+def plus(y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """The sum; where no gradient is recorded, in the memory of `y`, which nobody else may hold."""
+    if y.requires_grad or residual.requires_grad or y.dtype != residual.dtype:
+        return residual + y
+    return y.add_(residual)
 
 
 def taken(

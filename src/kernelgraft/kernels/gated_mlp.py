@@ -263,6 +263,23 @@ def run(layout: Any, x: torch.Tensor, norm: Norm | None = None, residual: torch.
     return gated_mlp(x, gate_up, down, layout.activation, gate_up_bias, down_bias, norm, residual)
 
 
+def run_behind(layout: Any, held: list[torch.Tensor], residual: torch.Tensor, norm: Norm) -> torch.Tensor:
+    """What is h + gated_mlp(norm(h)) of h = x + residual, for many tokens where no gradient is recorded.
+
+    Args:
+        layout: As in `run`.
+        held: x (..., H), taken out of the list, so that its memory is free as soon as it was used.
+        residual: (..., H).
+        norm: An RMS norm of h.
+    """
+    gate_up, gate_up_bias = weights_of(layout.gate_up_proj)
+    y, h = rms_norm.add_rms_norm(held.pop(), residual, *norm)
+    y = F.linear(y, gate_up, gate_up_bias)
+    y = activation.gated_activation(y, layout.activation)
+    y = F.linear(y, *weights_of(layout.down_proj))
+    return few_tokens.plus(y, h)
+
+
 def weights_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The weight and the bias of a linear layer.
 

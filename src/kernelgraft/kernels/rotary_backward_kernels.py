@@ -158,8 +158,6 @@ def launch_backward(
 
 def _no_gradients(q_weight, k_weight, like):
     return tuple(
-        torch.zeros(0 if weight is None else weight.shape[0], dtype=(like if weight is None else weight).dtype).to(
-            like.device
-        )
+        torch.zeros(0, dtype=like.dtype, device=like.device) if weight is None else torch.zeros_like(weight)
         for weight in (q_weight, k_weight)
     )
