@@ -1,18 +1,21 @@
 """What else a load may be made from: the Hub's cache, a config, a state dict, remote code, adapters, quantized ones."""
 
+import json
 import shutil
 import sys
 import warnings
 
 import huggingface_hub
 import pytest
+import safetensors
 import torch
 import transformers
 
 import kernelgraft
 import tiny
 from kernelgraft import KernelConfig, graft_of
-from kernelgraft.errors import PlanError
+from kernelgraft.errors import CheckpointError, PlanError
+from leftovers import open_files
 
 pytestmark = pytest.mark.transformers
 
@@ -51,6 +54,73 @@ def hub(tmp_path, monkeypatch):
         return name, {"cache_dir": str(tmp_path / "hub"), "local_files_only": True}
 
     return put
+
+
+OUTSIDE = {
+    "one above": lambda index, name: f"../elsewhere/{name}" if index == 1 else name,
+    "all above": lambda _, name: f"../elsewhere/{name}",
+    "all absolute": lambda _, name: f"/ABSOLUTE/{name}",
+    "by way of a folder below": lambda _, name: f"below/../../elsewhere/{name}",
+}
+
+
+@pytest.fixture
+def sharded(qwen3_folder, tmp_path):
+    """A checkpoint of several files beside a folder that has the same."""
+    folder = tmp_path / "model"
+    QWEN3.from_pretrained(qwen3_folder).save_pretrained(folder, max_shard_size="20KB")
+    (folder / "below").mkdir()
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    return folder
+
+
+def rename(folder, renamed):
+    index = folder / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    names = sorted(set(content["weight_map"].values()))
+    new = {
+        name: renamed(number, name).replace("/ABSOLUTE", f"{folder.parent}/elsewhere")
+        for number, name in enumerate(names)
+    }
+    content["weight_map"] = {key: new[name] for key, name in content["weight_map"].items()}
+    index.write_text(json.dumps(content))
+    return new
+
+
+@pytest.mark.parametrize("kernels", [GUIDE, None], ids=["kernels", "none"])
+@pytest.mark.parametrize("how", OUTSIDE)
+def test_an_index_that_leads_out_of_its_folder_is_refused(how, kernels, sharded):
+    rename(sharded, OUTSIDE[how])
+    with pytest.raises(CheckpointError, match=r"names the file .*must lead to a file in the folder of the index"):
+        load(sharded, kernels)
+    assert open_files(sharded.parent) == []
+
+
+def test_an_index_of_one_file_that_leads_out_of_its_folder_is_refused(qwen3_folder, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(qwen3_folder, folder)
+    (folder / "model.safetensors").rename(tmp_path / "x.safetensors")
+    with safetensors.safe_open(tmp_path / "x.safetensors", "pt") as file:
+        index = {"metadata": {}, "weight_map": dict.fromkeys(file.keys(), "../x.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="names the file"):
+        load(folder)
+
+
+def test_an_index_may_lead_into_a_folder_below(sharded):
+    plain = QWEN3.from_pretrained(sharded)
+    for old, new in rename(sharded, lambda number, name: f"below/{name}" if number else name).items():
+        (sharded / old).rename(sharded / new)
+    assert_same(load(sharded), plain)
+
+
+def test_an_index_that_does_not_tell_the_truth_is_refused(sharded):
+    index = sharded / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"] = dict.fromkeys(content["weight_map"], min(content["weight_map"].values()))
+    index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match="does not fit its files"):
+        load(sharded)
 
 
 def test_a_hub_id(hub, qwen3_folder):

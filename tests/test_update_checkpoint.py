@@ -1,13 +1,17 @@
 """`Graft.update` from checkpoints: a place, or lazy tensors, read straight into the packed parameters."""
 
+import errno
+
 import pytest
 import torch
 
 import twins
 import zoo
 from allocations import Allocations
+from kernelgraft.checkpoint import positioned, reader
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.errors import CheckpointError, GraftError
+from leftovers import open_files
 from test_update import FLOATS, saved
 from twins import assert_same_state, packed_pointers, pair
 
@@ -29,6 +33,28 @@ def test_a_checkpoint(form, tmp_path):
     assert allocated.found == {}
     assert_same_state(model.state_dict(), new)
     assert packed_pointers(model) == before
+
+
+@pytest.mark.parametrize("at", [1, 3, 9])
+def test_a_disk_that_fails_changes_nothing(at, tmp_path, monkeypatch):
+    twin, model, graft = pair("zoo")
+    file = saved(zoo.model(1).state_dict(), tmp_path)
+    before, real, calls = packed_pointers(model), positioned.preadv, []
+
+    def preadv(*args):
+        calls.append(args)
+        if len(calls) >= at:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*args)
+
+    monkeypatch.setattr(reader, "CHUNK", 64)  # so that there are many
+    monkeypatch.setattr(positioned, "preadv", preadv)
+    with pytest.raises(CheckpointError, match="cannot be read at byte"):
+        graft.update(file)
+    assert len(calls) >= at
+    assert_same_state(model.state_dict(), twin.state_dict())
+    assert packed_pointers(model) == before
+    assert open_files(tmp_path) == []
 
 
 @pytest.mark.transformers

@@ -9,7 +9,7 @@ from torch import nn
 
 from kernelgraft import compat, recorded_config, saving
 from kernelgraft.blueprint import Blueprint, Subject
-from kernelgraft.checkpoint.files import Checkpoint, checkpoint_files
+from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.fill import all_or_nothing, check_names, fill_from, materialize
 from kernelgraft.config import KernelConfig
 from kernelgraft.errors import PlanError
@@ -171,7 +171,7 @@ def load(
         KernelGraftError: The graft is refused. The module has not changed.
     """
     if not isinstance(checkpoint, Mapping):
-        with Checkpoint(checkpoint_files(checkpoint)) as tensors:
+        with Checkpoint.at(checkpoint) as tensors:
             return load(model, tensors, config, device=device, example_inputs=example_inputs)
     _refuse_grafted(model)
     check_names(model, checkpoint)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +22,9 @@ from torch import nn
 from kernelgraft import compat, recorded_config
 from kernelgraft.api import subject_of
 from kernelgraft.blueprint import Blueprint
-from kernelgraft.checkpoint.files import Checkpoint
+from kernelgraft.checkpoint.files import INDEX, Checkpoint
 from kernelgraft.checkpoint.fill import begin, materialize, reserve_for
+from kernelgraft.checkpoint.format import ShardIndex, given_shard_index
 from kernelgraft.checkpoint.naming import Lazies, load_lazily
 from kernelgraft.checkpoint.own_rules import with_own_rules
 from kernelgraft.checkpoint.reader import Reading, ready_for_cuda
@@ -237,11 +239,12 @@ def _loading_class(cls: Any, load: _Load) -> Any:
     def _load_pretrained_model(
         model: Any, state_dict: Any, checkpoint_files: Any, load_config: Any, expected_keys: Any = None
     ) -> Any:
+        shards = None if state_dict is not None else _named_by_an_index(checkpoint_files, load_config)
         if state_dict is None and _is_ours(checkpoint_files, load_config):
             model.__class__ = cls
             load.is_lazy = True
             with collector_paused():
-                checkpoint = load.stack.enter_context(Checkpoint(checkpoint_files))
+                checkpoint = load.stack.enter_context(Checkpoint(checkpoint_files, shards))
                 before = partial(load.plan_skeleton, model, load_config)
                 return load_lazily(model, checkpoint, load_config, expected_keys, before)
         return cls._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
@@ -282,6 +285,18 @@ def _loading_class(cls: Any, load: _Load) -> Any:
         namespace["from_pretrained"] = classmethod(quicker)
     loading = type(cls.__name__, (cls,), namespace)
     return loading
+
+
+def _named_by_an_index(checkpoint_files: Sequence[str] | None, load_config: Any) -> ShardIndex | None:
+    """The index that named a checkpoint's files; Transformers goes wherever it leads.
+
+    Raises:
+        CheckpointError: It names a file outside its folder.
+    """
+    weight_map = compat.weight_map_of(load_config)
+    if weight_map is None or not checkpoint_files:
+        return None
+    return given_shard_index(weight_map, checkpoint_files, Path(load_config.pretrained_model_name_or_path) / INDEX)
 
 
 def _is_ours(checkpoint_files: Sequence[str] | None, load_config: Any) -> bool:

@@ -81,6 +81,11 @@ def explicit_devices(device_map: Any) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def weight_map_of(load_config: Any) -> Any:
+    """What stands in the index that named a checkpoint's files: tensor name to file name; `None` without an index."""
+    return (load_config.sharded_metadata or {}).get("weight_map")
+
+
 def reads_whole_files(load_config: Any, files: Iterable[str]) -> bool:
     """Whether files must not be mapped: the caller says so (`disable_mmap`), or Transformers does of their place."""
     from transformers import modeling_utils

@@ -242,8 +242,8 @@ class Graft:
 
         Args:
             tensors: Original names and tensors, of any dtype and device; or a checkpoint that has them: a safetensors
-                file, an index of shards, a folder with either, or a Hub id. Lazy tensors in a mapping are read in one
-                pass, straight into their places.
+                file, an index of shards, a folder with either, or a Hub id. Lazy tensors in a mapping are read once to
+                see that they can be, and then in one pass, straight into their places.
 
         Returns:
             The original parameter names that were not among them.
@@ -252,7 +252,7 @@ class Graft:
             GraftError: A name is none of the model's, a shape does not fit, or the parameter cannot be written where it
                 is now. What came before it has been written; of a checkpoint, which is looked through first, nothing.
             ConversionError: The kernel's rule has no inverse, so that the packed parameters do not hold the original.
-            CheckpointError: The checkpoint is none, or could not be read to its end.
+            CheckpointError: The checkpoint is none, or cannot be read to its end; then nothing of it was written.
         """
         if not self.is_applied:
             raise GraftError("The graft was removed, so it has nothing to update. Use the model's load_state_dict.")

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernelgraft.checkpoint.files import Checkpoint, checkpoint_files
+from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.fill import check_unchanged, read
+from kernelgraft.checkpoint.reader import check_readable
 from kernelgraft.checkpoint.sharding import PLAIN, is_sharded, local_part
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.conversion.part import Part, Reading, apply, fit_for
@@ -36,7 +37,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 def update(model: nn.Module, tensors: Weights) -> list[str]:
     """Write new weights into their places in a grafted model: see `Graft.update`."""
     if isinstance(tensors, str | os.PathLike):
-        with Checkpoint(checkpoint_files(tensors if isinstance(tensors, str) else Path(tensors))) as checkpoint:
+        with Checkpoint.at(tensors if isinstance(tensors, str) else Path(tensors)) as checkpoint:
             return update(model, checkpoint)
     with torch.no_grad():
         names = _write_all(model, tensors) if isinstance(tensors, Mapping) else _write_each(model, tensors)
@@ -67,7 +68,10 @@ def _write_all(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> set[str
             waiting[id(place) if isinstance(place, torch.Tensor) else name] = lazy
         names.add(name)
         del value
-    _read([pair for pairs in waiting.values() for pair in pairs])
+    pairs = [pair for pairs in waiting.values() for pair in pairs]
+    # Before the first is written over, all are read once.
+    check_readable((lazy, out.detach()) for out, lazy in pairs if isinstance(lazy, LazyTensor))
+    _read(pairs)
     return names
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from kernelgraft.checkpoint.files import Checkpoint, checkpoint_files
+from kernelgraft.checkpoint.files import INDEX, Checkpoint, checkpoint_files
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
 
@@ -125,6 +125,27 @@ def test_a_tensor_in_another_shard_than_the_index_says(tmp_path):
     index.write_text(json.dumps({"weight_map": {"a": "two.safetensors", "b": "one.safetensors"}}))
     with pytest.raises(CheckpointError, match="lists tensors in the wrong file"):
         Checkpoint(checkpoint_files(tmp_path))
+    assert open_files(tmp_path) == []
+
+
+@pytest.mark.parametrize("folders", ["one file", "below", "both"])
+def test_an_index_is_held_against_its_files_wherever_they_are(folders, tmp_path):
+    names = {"one file": ["x", "x"], "below": ["s/x", "s/y"], "both": ["x", "s/y"]}[folders]
+    (tmp_path / "s").mkdir()
+    files = [f"{name}.safetensors" for name in names]
+    if folders == "one file":
+        write(tmp_path / files[0], a=torch.ones(1), b=torch.zeros(1))
+    else:
+        write(tmp_path / files[0], a=torch.ones(1))
+        write(tmp_path / files[1], b=torch.zeros(1))
+    index = tmp_path / INDEX
+    index.write_text(json.dumps({"weight_map": dict(zip("ab", files, strict=True))}))
+    with Checkpoint.at(tmp_path) as checkpoint:
+        assert sorted(checkpoint) == ["a", "b"]
+    wrong = {"a": files[0], "b": files[1], "c": files[1]} if folders == "one file" else {"a": files[1], "b": files[0]}
+    index.write_text(json.dumps({"weight_map": wrong}))
+    with pytest.raises(CheckpointError, match="does not fit its files"):
+        Checkpoint.at(tmp_path)
     assert open_files(tmp_path) == []
 
 

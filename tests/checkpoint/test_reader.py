@@ -151,6 +151,36 @@ def test_a_disk_that_fails_names_tensor_and_offset(experts, monkeypatch):
     assert not threads_of_ours()
 
 
+@pytest.mark.parametrize("how", ["cut off", "broken"])
+def test_of_tensors_that_are_read_together_the_one_at_the_offset_is_named(how, tmp_path, monkeypatch):
+    path = tmp_path / "model.safetensors"
+    save_file({name: torch.randn(16, 16) for name in "abcd"}, path)
+    real = positioned.preadv
+    with Checkpoint([path]) as checkpoint:
+        joined = torch.cat([checkpoint[name] for name in "abcd"])
+        begin = path.stat().st_size - 16 * 16 * 4
+        middle = begin + 300
+        if how == "cut off":
+            os.truncate(path, middle)
+        else:
+
+            def breaks(fd, buffers, offset):
+                if offset >= middle:
+                    raise OSError(errno.EIO, "Input/output error")
+                whole, left = [], middle - offset
+                for buffer in buffers:
+                    whole.append(buffer[:left])
+                    left -= len(whole[-1])
+                return real(fd, [each for each in whole if len(each)], offset)
+
+            monkeypatch.setattr(positioned, "preadv", breaks)
+        said = (
+            f"ends at byte {middle}, in the middle of d:" if how == "cut off" else f"d cannot be read at byte {middle}:"
+        )
+        with pytest.raises(CheckpointError, match=said):
+            fill(empty([joined]))
+
+
 def test_ctrl_c_ends_every_thread(experts, monkeypatch):
     _, checkpoint = experts
     monkeypatch.setattr(reader, "CHUNK", 100)

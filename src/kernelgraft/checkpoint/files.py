@@ -150,8 +150,13 @@ class Checkpoint(Mapping[str, LazyTensor]):
     What was read stays valid after it is closed.
     """
 
-    def __init__(self, files: Iterable[str | Path]) -> None:
-        """Open files and read their headers. An index of shards beside them is held against what they have.
+    def __init__(self, files: Iterable[str | Path], shards: ShardIndex | None = None) -> None:
+        """Open files and read their headers.
+
+        Args:
+            files: The files.
+            shards: The index that named them; without one an index beside several is looked for. It is held against
+                what they have.
 
         Raises:
             CheckpointError: A file is missing or is no safetensors file, two files have a tensor of one name, or an
@@ -162,10 +167,23 @@ class Checkpoint(Mapping[str, LazyTensor]):
         try:
             for file in files:
                 self._open(file)
-            _check_index(self.files)
+            if shards is None:
+                _check_index(self.files)
+            else:
+                check_shards(shards, [file.index for file in self.files])
         except BaseException:
             self.close()
             raise
+
+    @classmethod
+    def at(cls, place: str | Path) -> "Checkpoint":
+        """The checkpoint at a place: see `checkpoint_files`.
+
+        Raises:
+            CheckpointError: There is none, or it is no valid one.
+        """
+        found = _found(place)
+        return cls(found.files, found) if isinstance(found, ShardIndex) else cls([found])
 
     def _open(self, path: str | Path) -> None:
         file = OpenFile(path)
@@ -232,9 +250,14 @@ def checkpoint_files(place: str | Path) -> list[Path]:
         CheckpointError: There is none, there are several without an index, or an index names a file that is not there
             or lies elsewhere.
     """
+    found = _found(place)
+    return list(found.files) if isinstance(found, ShardIndex) else [found]
+
+
+def _found(place: str | Path) -> Path | ShardIndex:
     path = Path(place)
     if isinstance(place, str) and _HUB_ID.fullmatch(place) and not path.exists():
-        return checkpoint_files(_from_hub(place))
+        return _found(_from_hub(place))
     if path.is_dir():
         loose = sorted(path.glob("*.safetensors"))
         # As in Transformers, a single file goes before an index.
@@ -245,16 +268,13 @@ def checkpoint_files(place: str | Path) -> list[Path]:
                 f"{', '.join(sorted(p.name for p in path.iterdir()))}. Give a folder with {SINGLE} or {INDEX}, or a "
                 f".safetensors file."
             )
-        return checkpoint_files((named or loose)[0])
+        return _found((named or loose)[0])
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist. Give a .safetensors file, its index, a folder with them, or the id of a "
             f"repository on the Hub: 'owner/name'."
         )
-    if path.suffix != ".json":
-        return [path]
-    shards: ShardIndex = read_shard_index(path)
-    return list(shards.files)
+    return path if path.suffix != ".json" else read_shard_index(path)
 
 
 def _from_hub(name: str) -> Path:

@@ -15,7 +15,16 @@ from kernelgraft.checkpoint.header import TensorEntry, read_header
 from kernelgraft.checkpoint.strictjson import decoded, listed, parsed, shown, texts
 from kernelgraft.errors import CheckpointError
 
-__all__ = ["FileIndex", "ShardIndex", "TensorEntry", "check_shards", "identity_of", "read_index", "read_shard_index"]
+__all__ = [
+    "FileIndex",
+    "ShardIndex",
+    "TensorEntry",
+    "check_shards",
+    "given_shard_index",
+    "identity_of",
+    "read_index",
+    "read_shard_index",
+]
 
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 
@@ -95,10 +104,7 @@ def read_shard_index(path: str | Path) -> ShardIndex:
             f"{path} is no index of a sharded checkpoint: it has {shown(list(found))} and no 'weight_map' of tensor "
             f"names to file names."
         )
-    weight_map = texts(found["weight_map"], path, "weight_map")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        _check_inside(name, path)
+    weight_map, names = _names_inside(found["weight_map"], path)
     files = tuple(dict.fromkeys(path.parent / name for name in names))
     missing = [shown(name) for name in names if not os.path.isfile(path.parent / name)]
     if missing:
@@ -106,6 +112,44 @@ def read_shard_index(path: str | Path) -> ShardIndex:
             f"{path} names files that are not there: {listed(missing)}. Copy them too, or complete the download."
         )
     return ShardIndex(path, files, weight_map)
+
+
+def given_shard_index(weight_map: object, files: Sequence[str | Path], path: Path) -> ShardIndex:
+    """An index that somebody else has read, and the files that its names led to.
+
+    Args:
+        weight_map: What stands in it.
+        files: The files, in the order of their names.
+        path: The index, as far as it is known: for messages.
+
+    Raises:
+        CheckpointError: A name leads out of the folder, or a file is not where its name says.
+    """
+    found, names = _names_inside(weight_map, path)
+    tails = [PurePosixPath(name).parts for name in names]
+    paths = [Path(file) for file in files]
+    led = [path.parts[-len(tail) :] for path, tail in zip(paths, tails, strict=False)]
+    if len(paths) != len(tails) or led != tails:
+        raise CheckpointError(
+            f"{path} names the files {listed(list(map(shown, names)))}, and these were found: "
+            f"{listed(list(map(str, files)))}."
+        )
+    folders = {path.parents[len(tail) - 1] for path, tail in zip(paths, tails, strict=True)}
+    if len(folders) != 1:
+        raise CheckpointError(
+            f"The files that {path} names lie in several folders: {', '.join(sorted(map(str, folders)))}. An index may "
+            f"name files of its own folder only."
+        )
+    return ShardIndex(folders.pop() / path.name, tuple(paths), found)
+
+
+def _names_inside(weight_map: object, path: Path) -> tuple[Mapping[str, str], list[str]]:
+    """An index by tensor, and the names in it, each once and sorted."""
+    found = texts(weight_map, path, "weight_map")
+    names = sorted(set(found.values()))
+    for name in names:
+        _check_inside(name, path)
+    return found, names
 
 
 def check_shards(shards: ShardIndex, files: Sequence[FileIndex]) -> None:

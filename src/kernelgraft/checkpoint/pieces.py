@@ -15,10 +15,9 @@ import torch
 
 from kernelgraft.checkpoint.files import OpenFile
 from kernelgraft.checkpoint.memory import Mapped, advise_huge
-from kernelgraft.checkpoint.positioned import cut_off, unreadable
+from kernelgraft.checkpoint.positioned import cut_off, name_at, unreadable
 from kernelgraft.checkpoint.requests import Read
 from kernelgraft.checkpoint.ring import Ring
-from kernelgraft.errors import CheckpointError
 
 _AGAIN = frozenset({errno.EINTR, errno.EAGAIN})
 
@@ -143,10 +142,11 @@ class Pieces:
         """After a read that gave something else than what was asked for."""
         if result > 0:
             run.start, run.address, run.nbytes = run.start + result, run.address + result, run.nbytes - result
-        elif result == 0:
-            raise cut_off(run.file, _name_at(run), run.start)
         elif -result not in _AGAIN:
-            raise unreadable(run.file, _name_at(run), run.start, OSError(-result, os.strerror(-result)))
+            name = name_at(run.piece.task, run.file, run.start)
+            if result == 0:
+                raise cut_off(run.file, name, run.start)
+            raise unreadable(run.file, name, run.start, OSError(-result, os.strerror(-result)))
         self._queue.appendleft(run)
 
     def give_back(self, pieces: Sequence[Piece]) -> None:
@@ -170,11 +170,3 @@ class Pieces:
         self._queue.clear()
         self._under_way.clear()
         self._memory.close()
-
-
-def _name_at(run: _Run) -> str:
-    """The tensor to which the byte belongs at which a run begins."""
-    for read in run.piece.task:
-        if read.file is run.file and any(start <= run.start < start + nbytes for start, nbytes in read.runs):
-            return read.name
-    raise CheckpointError(f"{run.file.path}: nothing was to be read at byte {run.start}.")

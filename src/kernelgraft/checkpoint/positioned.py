@@ -8,8 +8,14 @@ from kernelgraft.checkpoint.requests import Read
 from kernelgraft.errors import CheckpointError
 
 
-def read_into(file: OpenFile, buffers: Sequence[memoryview], offset: int, name: str) -> None:
+def read_into(file: OpenFile, buffers: Sequence[memoryview], offset: int, reads: Sequence[Read]) -> None:
     """Read a range of a file into buffers, one after the other.
+
+    Args:
+        file: The file.
+        buffers: Where to.
+        offset: Where the range begins.
+        reads: Whose bytes they are, for the error's sake.
 
     Raises:
         CheckpointError: It cannot be read, or the file ends before.
@@ -20,12 +26,20 @@ def read_into(file: OpenFile, buffers: Sequence[memoryview], offset: int, name: 
         try:
             got = preadv(file.fd, left, offset)
         except OSError as error:
-            raise unreadable(file, name, offset, error) from error
+            raise unreadable(file, name_at(reads, file, offset), offset, error) from error
         if got == 0:
-            raise cut_off(file, name, offset)
+            raise cut_off(file, name_at(reads, file, offset), offset)
         offset, wanted = offset + got, wanted - got
         if wanted:
             left = _without(left, got)
+
+
+def name_at(reads: Sequence[Read], file: OpenFile, offset: int) -> str:
+    """The tensor to which a byte of a file belongs that one of the reads asks for."""
+    for read in reads:
+        if read.file is file and any(start <= offset < start + nbytes for start, nbytes in read.runs):
+            return read.name
+    raise CheckpointError(f"{file.path}: nothing was to be read at byte {offset}.")
 
 
 def unreadable(file: OpenFile, name: str, offset: int, error: OSError) -> CheckpointError:
@@ -48,7 +62,7 @@ def read_runs(read: Read, buffer: memoryview) -> None:
     """
     position = 0
     for start, nbytes in read.runs:
-        read_into(read.file, [buffer[position : position + nbytes]], start, read.name)
+        read_into(read.file, [buffer[position : position + nbytes]], start, [read])
         position += nbytes
 
 

@@ -277,7 +277,7 @@ class CpuLane:
             self._straight(together)
 
     def _straight(self, reads: Sequence[Straight]) -> None:
-        read_into(reads[0].file, [self._place(read) for read in reads], reads[0].start, reads[0].name)
+        read_into(reads[0].file, [self._place(read) for read in reads], reads[0].start, reads)
 
     def _place(self, read: Straight) -> memoryview:
         found = self._buffers.get(id(read.out))
