@@ -1,6 +1,11 @@
 """`kernelgraft.load`: any module filled from a checkpoint, with kernels put in on the way."""
 
+import io
+import json
 import os
+import re
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +16,9 @@ from torch.nn import functional as F
 
 import kernelgraft
 from kernelgraft import KernelConfig, graft_of
+from kernelgraft.checkpoint import progress
 from kernelgraft.errors import CheckpointError, PlanError
+from leftovers import open_files
 
 REPOSITORY = Path(__file__).parent / "repositories" / "plain.py"
 FUSED = KernelConfig({(("Norm", "blocks.*.norm"), ("Gate", "blocks.*.mlp")): f"{REPOSITORY}:FastBlock"})
@@ -239,6 +246,78 @@ def test_a_single_module_needs_its_constructor_arguments_and_says_so(file):
         block.scale = torch.tensor(0.5)
     with pytest.raises(PlanError, match=r"FastMLPLayout wants what Gate\.__init__ got.*recorded\(\)"):
         kernelgraft.load(model, file, SINGLE)
+
+
+def offsets(change):
+    """A header with other offsets of its first tensor."""
+
+    def changed(header):
+        name = min(name for name in header if name != "__metadata__")
+        first, last = header[name]["data_offsets"]
+        header[name]["data_offsets"] = change(first, last)
+        return json.dumps(header)
+
+    return changed
+
+
+BAD = {
+    "no JSON": lambda header: json.dumps(header)[:-1] + ",",
+    "nested": lambda _: '{"a":' * 10_000,
+    "a name twice": lambda header: "{" + ",".join([json.dumps(header)[1:-1]] * 2) + "}",
+    "offsets that overlap": offsets(lambda first, last: [first + 4, last + 4]),
+    "offsets that are negative": offsets(lambda first, last: [-4, last]),
+    "offsets past the end": offsets(lambda first, last: [first, last + (1 << 40)]),
+    "a shape that does not match": lambda header: json.dumps(header).replace('"shape": [8', '"shape": [9'),
+    "a negative shape": lambda header: json.dumps(header).replace('"shape": [8', '"shape": [-8'),
+    "a shape that is not whole": lambda header: json.dumps(header).replace('"shape": [8', '"shape": [8.0'),
+}
+
+
+def spoilt(file, how):
+    """Make the file a bad one."""
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    if how == "truncated":
+        raw = raw[:-40]
+    elif how == "a header of absurd length":
+        raw = (1 << 62).to_bytes(8, "little") + raw[8:]
+    else:
+        header = BAD[how](json.loads(raw[8 : 8 + length])).encode()
+        raw = len(header).to_bytes(8, "little") + header + raw[8 + length :]
+    file.write_bytes(raw)
+
+
+@pytest.mark.parametrize("way", ["live", "meta", "update"])
+@pytest.mark.parametrize("how", ["truncated", "a header of absurd length", *BAD])
+def test_a_bad_file_changes_nothing(how, way, file, tmp_path):
+    spoilt(file, how)
+    model = on_meta() if way == "meta" else tower(seed=1)
+    graft = kernelgraft.graft(model, FUSED, example_inputs=IDS) if way == "update" else None
+    before = {name: (tensor, tensor.clone()) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    read = partial(kernelgraft.load, model, config=FUSED, **ON_META) if graft is None else graft.update
+    with pytest.raises(CheckpointError, match=re.escape(str(file))):
+        read(file)
+    after = dict((*model.named_parameters(), *model.named_buffers()))
+    assert list(after) == list(before)
+    for name, (same, values) in before.items():
+        assert after[name] is same
+        assert same.is_meta or torch.equal(same, values)
+    assert open_files(tmp_path) == []
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_a_load_and_a_save_show_their_progress(file, tmp_path, monkeypatch):
+    monkeypatch.setattr(progress, "_WORTH_A_BAR", 0)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    model = kernelgraft.load(on_meta(), file, FUSED, **ON_META)
+    assert re.search(r"Reading weights: 100%.*B/s", sys.stderr.getvalue())
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    kernelgraft.save_pretrained(model, tmp_path / "saved")
+    assert re.search(r"Writing weights: 100%.*B/s", sys.stderr.getvalue())
 
 
 def test_no_file_stays_open(file, tmp_path):

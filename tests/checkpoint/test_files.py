@@ -7,7 +7,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from headers import entry
+from headers import write as write_header
 from kernelgraft.checkpoint.files import INDEX, Checkpoint, checkpoint_files
+from kernelgraft.checkpoint.reader import fill
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
 
@@ -19,6 +22,9 @@ DTYPES = [
     torch.float8_e4m3fn,
     torch.float8_e5m2,
     torch.float8_e8m0fnu,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2fnuz,
+    torch.float4_e2m1fn_x2,
     torch.int64,
     torch.int32,
     torch.int16,
@@ -175,6 +181,20 @@ def test_a_tensor_of_each_dtype_is_read_bit_for_bit(dtype, tmp_path):
         assert isinstance(lazy, LazyTensor)
         read = lazy.materialize()
     assert torch.equal(read.contiguous().view(torch.uint8), plain.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize("at", [1, 4, 7])
+def test_a_tensor_that_is_not_aligned(at, tmp_path):
+    plain = torch.randn(6, 4, dtype=torch.float64)
+    header = {"z": entry(shape=(at,), offsets=(0, at)), "a": entry("F64", (6, 4), (at, at + plain.nbytes))}
+    path = write_header(tmp_path, header, bytes(at) + plain.numpy().tobytes())
+    with Checkpoint([path]) as checkpoint:
+        a = checkpoint["a"]
+        jobs = [(each, torch.empty(each.shape, dtype=each.dtype)) for each in (a, a[2:5, 1:], torch.cat([a, a]), a.t())]
+        fill(jobs)
+        found = [a.materialize(), a.to(torch.float32).materialize(), *[out for _, out in jobs]]
+    wanted = [plain, plain.float(), plain, plain[2:5, 1:], torch.cat([plain, plain]), plain.t()]
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def test_names_of_all_files_are_there_and_nothing_else(tmp_path):

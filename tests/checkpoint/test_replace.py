@@ -327,6 +327,44 @@ SITUATIONS = {
 
 @pytest.mark.parametrize("situation", SITUATIONS)
 @pytest.mark.parametrize(("old", "new"), SOME)
+def test_all_is_on_the_disk_before_it_takes_its_place(old, new, situation, tmp_path, monkeypatch):
+    config, others = SITUATIONS[situation]
+    before, after = before_and_after(old, new, config, record=True)
+    folder = tmp_path / "folder"
+    put(folder, before | others)
+    known = {path.stat().st_ino for path in folder.rglob("*")}
+    synced, lacking, trail = set(), [], []
+
+    def fsync(fd, real=os.fsync):
+        real(fd)
+        synced.add(os.fstat(fd).st_ino)
+        trail.append(os.fstat(fd).st_ino)
+
+    def watched(move):
+        def moved(source, *args, **kwargs):
+            paths = [Path(source), *Path(source).rglob("*")]
+            new = [path for path in paths if path.is_file() and path.stat().st_ino not in known]
+            lacking.extend(path for path in new if path.stat().st_ino not in synced)
+            trail.append("moved")
+            return move(source, *args, **kwargs)
+
+        return moved
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    real = replacing_module.exchange
+    monkeypatch.setattr(replacing_module, "exchange", lambda one, other: watched(lambda _: real(one, other))(other))
+    save(folder, after)
+    monkeypatch.undo()
+    assert everything(folder) == after | others
+    assert lacking == []
+    last = len(trail) - 1 - trail[::-1].index("moved")
+    assert {folder.stat().st_ino, folder.parent.stat().st_ino} & set(trail[last:])
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+@pytest.mark.parametrize(("old", "new"), SOME)
 def test_a_kill_at_any_step(old, new, situation, tmp_path):
     config, others = SITUATIONS[situation]
     before, after = before_and_after(old, new, config, record=True)

@@ -309,6 +309,8 @@ class _Commit:
             if is_theirs and not (there.exists() and there.samefile(old / name)):
                 with suppress(OSError):
                     os.replace(old / name, there)
+        with suppress(OSError):
+            sync(new)
 
 
 def _same(one: Path, other: Path) -> bool:

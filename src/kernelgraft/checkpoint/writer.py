@@ -235,7 +235,7 @@ class FileWriter:
             tensors: Tensors by name, plain ones of any strides and lazy ones, on any device. They must not change
                 before the block ends.
             metadata: Texts that go into the header.
-            progress: Called with the number of bytes after each chunk, until the block ends.
+            progress: Called with the number of the tensors' bytes after each chunk, until the block ends.
 
         Raises:
             CheckpointError: A tensor cannot stand in such a file.
@@ -275,7 +275,7 @@ class FileWriter:
                 file.fill(start, stop, staging)
                 file.write(start, stop, staging)
                 with self._changed:
-                    progress(stop - start)
+                    progress(max(0, stop - max(start, len(file.header))))
                     file.left -= 1
                     is_written = not file.left
                 if is_written:
