@@ -92,6 +92,18 @@ def test_the_models_own_loss(kinds, monkeypatch, kind, in_triton):
 
 
 @pytest.mark.transformers
+def test_labels_that_the_caller_has_shifted(kinds):
+    model, other = kinds.model("llama").to(DEVICE), kinds.model("llama").to(DEVICE)
+    given = {name: each.to(DEVICE) for name, each in batch_of(kinds, "llama").items()}
+    plain = other(**given).loss
+    given["shift_labels"] = given["labels"].roll(-2, 1)
+    with grafted(model) as graft:
+        out = assert_same_step(model, other, given, rtol=1e-4, atol=1e-5)
+        assert graft.calls.kernel == 1
+    assert (out.loss - plain).abs() > 1e-3
+
+
+@pytest.mark.transformers
 @pytest.mark.parametrize("kind", ["llama", "gemma2", "cohere"])
 def test_the_models_own_loss_in_bfloat16(kinds, kind):
     model, other = (kinds.model(kind, **MODELS[kind]).bfloat16() for _ in range(2))

@@ -1,6 +1,7 @@
 """The shipped kernels as a repository: they stand alone, `check` finds nothing, and an export loads."""
 
 import ast
+import importlib
 import json
 import shutil
 import subprocess
@@ -38,6 +39,19 @@ def test_nothing_of_the_package_is_imported(file):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
         names += [each.name for each in node.names] if isinstance(node, ast.Import) else []
         assert {name.split(".")[0] for name in names} <= {*sys.stdlib_module_names, "torch", "triton", "transformers"}
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.glob("*.py")), ids=lambda path: path.name)
+def test_nothing_is_tuned(file):
+    """A kernel that is tuned measures at a user's first call, and launches what was fastest that time."""
+    tuning = pytest.importorskip("triton.runtime.autotuner")
+    named = {
+        getattr(node, key) for node in ast.walk(ast.parse(file.read_text())) for key in ("id", "attr", "name")
+        if isinstance(getattr(node, key, None), str)
+    }  # fmt: skip
+    assert not named & {"autotune", "Autotuner", "heuristics", "Heuristics"}
+    module = importlib.import_module(f"{kernelgraft.kernels.__name__}.{file.stem}".removesuffix(".__init__"))
+    assert not [name for name, value in vars(module).items() if isinstance(value, tuning.Autotuner | tuning.Heuristics)]
 
 
 def test_an_import_brings_neither_transformers_nor_a_compilation():

@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 import torch
-from drawn import DEVICE, DTYPES, by_inductor
+from drawn import DEVICE, DTYPES, beside_the_originals, by_inductor
 from torch import nn
 
 import kernelgraft
@@ -268,6 +268,29 @@ def test_gradients_under_the_original_names(name, triton, request):
     assert found.keys() == wanted.keys()
     for each, grad in wanted.items():
         torch.testing.assert_close(found[each], grad, atol=2e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [None, "dynamic", "static"], ids=["no cache", "dynamic", "static"])
+def test_one_token_with_a_gradient(kind, in_triton, launched):
+    """The kernels of a decoding step record no gradient, and are not launched."""
+    plain, grafted, graft = pair("heads of 64")
+    found = []
+    for model in (plain, grafted):
+        before, token = batch()["input_ids"].split([6, 1], dim=1)
+        if kind:
+            cache = transformers.DynamicCache() if kind == "dynamic" else transformers.StaticCache(model.config, 12)
+            with torch.no_grad():
+                step(model, before, cache)
+        counts = dict(launched)
+        out = (step(model, token, cache) if kind else model(token, use_cache=False)).logits
+        parameters = dict(model.named_parameters())
+        grads = torch.autograd.grad(out.float().pow(2).mean(), parameters.values(), allow_unused=True)
+        found.append((out, dict(zip(parameters, grads, strict=True))))
+    torch.testing.assert_close(found[1][0], found[0][0])
+    for name, grad, exact in beside_the_originals(found[1][1], graft, found[0][1]):
+        torch.testing.assert_close(grad, exact, atol=2e-6, rtol=1e-4, msg=name)
+    assert launched == {**counts, "rotary.launch": counts["rotary.launch"] + NUM_LAYERS}
+    assert launched["one_token_attention.launch"] == launched["decode_attention.launch"] == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)

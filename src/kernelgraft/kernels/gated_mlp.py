@@ -158,14 +158,15 @@ def gated_mlp(
 
 def merged(first: nn.Linear, second: nn.Linear) -> nn.Linear:
     """A layer that holds the rows of both; on meta, as layouts are made."""
-    return linear(first, first.out_features + second.out_features)
+    return linear(first, first.weight.shape[0] + second.weight.shape[0])
 
 
-def linear(like: nn.Linear, out_features: int) -> nn.Linear:
-    """A layer like another, of so many rows."""
+def linear(like: nn.Linear, out_features: int | None = None) -> nn.Linear:
+    """A layer like another, of as many rows or of so many; read off its weight, which in a shard is smaller."""
     weight = like.weight
+    rows, columns = weight.shape
     return nn.Linear(
-        like.in_features, out_features, bias=like.bias is not None, device=weight.device, dtype=weight.dtype
+        columns, out_features or rows, bias=like.bias is not None, device=weight.device, dtype=weight.dtype
     )
 
 
@@ -208,7 +209,7 @@ class _Merged(nn.Module):
         layout = cls()
         layout.activation = activation_of(mlp, cls.activations)
         layout.gate_up_proj = merged(mlp.gate_proj, mlp.up_proj)
-        layout.down_proj = linear(mlp.down_proj, mlp.down_proj.out_features)
+        layout.down_proj = linear(mlp.down_proj)
         return layout
 
     def prepare_kernels(self, device: torch.device) -> None:

@@ -35,7 +35,8 @@ class LinearCrossEntropyLayout(nn.Module):
     @classmethod
     def from_module(cls, module: nn.Linear) -> "LinearCrossEntropyLayout":
         """For a linear layer, whoever has made it or given it another size since."""
-        return cls(module.in_features, module.out_features, module.bias is not None)
+        rows, columns = module.weight.shape
+        return cls(columns, rows, module.bias is not None)
 
     def prepare_kernels(self, device: torch.device) -> None:
         """Compute a loss as models do, and its gradients, of so many rows and classes that products are those of more.

@@ -103,7 +103,7 @@ class RMSNormAttentionLayout(nn.Module):
         self.hands_kwargs_on = calls.hands_kwargs_on
         self.kind = kind_of(norm)
         self.norm_weight = nn.Parameter(torch.empty_like(norm.weight))
-        self.qkv_proj, self.o_proj = _merged(attention), linear(attention.o_proj, attention.o_proj.out_features)
+        self.qkv_proj, self.o_proj = _merged(attention), linear(attention.o_proj)
         self.head_kind = self.kind
         self.q_norm_weight = self.k_norm_weight = None
         if hasattr(attention, "q_norm"):
@@ -124,8 +124,9 @@ def _merged(attention: Any) -> nn.Linear:
     dim = attention.head_dim
     if rows[1] != rows[2] or any(each % dim for each in rows) or dim % 2:
         raise ValueError(f"q_proj, k_proj and v_proj give {rows} numbers, which are no heads of {dim}")
-    if attention.o_proj.in_features != rows[0]:
-        raise ValueError(f"o_proj takes {attention.o_proj.in_features} numbers, and the queries have {rows[0]}")
+    taken = attention.o_proj.weight.shape[1]
+    if taken != rows[0]:
+        raise ValueError(f"o_proj takes {taken} numbers, and the queries have {rows[0]}")
     return linear(attention.q_proj, sum(rows))
 
 

@@ -40,7 +40,7 @@ class RMSNormMLPLayout(nn.Module):
         self.activation = activation_of(mlp, tuple(activation.ACTIVATIONS))
         self.scale = nn.Parameter(torch.empty_like(norm.weight))
         self.gate_up_proj = merged(mlp.gate_proj, mlp.up_proj)
-        self.down_proj = linear(mlp.down_proj, mlp.down_proj.out_features)
+        self.down_proj = linear(mlp.down_proj)
 
     def prepare_kernels(self, device: torch.device) -> None:
         """See `first_steps`."""
