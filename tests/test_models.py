@@ -1,5 +1,6 @@
 """Kernels in every kind of model: loaded from a checkpoint, run, saved, loaded by plain Transformers, taken out."""
 
+import itertools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -103,6 +104,9 @@ CASES = [
 ]
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
 def backward(model, kind):
     model(**tiny.inputs(kind)).logits.pow(2).mean().backward()
 
@@ -182,6 +186,20 @@ def test_load_run_save_reload_remove(case, checkpoint, tmp_path):
         assert_close(grads(model), grads(plain), 1e-5)
     assert_same(model.state_dict(), plain.state_dict())
     assert torch.equal(tiny.logits(model, kind), expected)
+
+
+@pytest.mark.parametrize("kind", dict.fromkeys(case.kind for case in CASES))
+def test_weights_are_those_of_a_plain_load(kind, tmp_path):
+    """Whatever dtype the file has and whatever is asked for, the state dict has the bits that Transformers gives."""
+    cls, cases = tiny.model_class(kind), [case for case in CASES if case.kind == kind]
+    for (number, case), stored in itertools.product(enumerate(cases), DTYPES):
+        folder = tmp_path / f"{number}-{stored}"
+        tiny.model(kind, **case.changes).to(stored).save_pretrained(folder)
+        for asked in (None, "auto", *DTYPES):
+            plain = cls.from_pretrained(folder, dtype=asked)
+            model = kernelgraft.from_pretrained(cls, folder, kernel_config=case.config, dtype=asked)
+            assert len(kernelgraft.graft_of(model).plan.sites) == case.num_sites
+            assert_same(model.state_dict(), plain.state_dict())
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)

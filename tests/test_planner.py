@@ -8,6 +8,7 @@ import kernelgraft
 import toys
 from kernelgraft import Kernel, KernelConfig
 from kernelgraft.errors import ConversionError, KernelError, PlanError
+from kernelgraft.sites import trace_program
 
 
 def norm_kernel(layout):
@@ -211,6 +212,24 @@ def test_no_kernel_for_the_device_is_refused_or_listed_under_a_fallback():
     found = kernelgraft.plan(toys.model(), KernelConfig(mapping, fallback="reference"))
     assert found.sites == ()
     assert found.rejected[0].place == "layers.{0..1}.norm, norm"
+
+
+# --- what is worked out once
+
+
+def test_rules_are_run_once_for_a_kind(monkeypatch):
+    traced = []
+
+    def counted(rules, made, paths, *args):
+        traced.append(tuple(paths))
+        return trace_program(rules, made, paths, *args)
+
+    monkeypatch.setattr("kernelgraft.sites.trace_program", counted)
+    model = toys.model(num_layers=12)
+    model.layers[7] = toys.Block(toys.H, 2 * toys.I)
+    found = plan_of(model, {"Norm": norm_kernel(toys.FastNormLayout), toys.FUSION: fusion()})
+    assert (len(found.sites), len(found.kinds)) == (13, 3)
+    assert sorted(traced) == [("layers.0.norm", "layers.0.mlp"), ("layers.7.norm", "layers.7.mlp"), ("norm",)]
 
 
 # --- nothing changes

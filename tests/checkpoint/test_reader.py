@@ -4,6 +4,8 @@ import errno
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from headers import entry, write
 from kernelgraft.checkpoint import positioned, reader
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.reader import check_readable, fill
@@ -118,6 +121,40 @@ def test_progress_counts_every_byte(experts):
     seen = []
     total = fill(empty(stacked(checkpoint).values()), on_progress=seen.append)
     assert sum(seen) == total
+
+
+MEMORY = """
+import sys
+import torch
+from kernelgraft.checkpoint.files import Checkpoint
+from kernelgraft.checkpoint.reader import fill
+
+def status(name):
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name + ":"))
+
+path, how, threads = sys.argv[1:]
+with Checkpoint([path]) as checkpoint:
+    weight = checkpoint["weight"]
+    lazy = weight.t() if how == "transposes" else weight
+    fill([(lazy[:64, :64], torch.empty(64, 64, dtype=torch.bfloat16))])
+    out = torch.empty(lazy.shape, dtype=torch.bfloat16 if how == "casts" else lazy.dtype)
+    before = status("VmRSS")
+    fill([(lazy, out)], threads=int(threads))
+    print(status("VmHWM") - before - out.nbytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process alone is told by Linux only")
+@pytest.mark.parametrize("how", ["casts", "transposes"])
+def test_memory_beyond_the_tensors_is_small(how, tmp_path):
+    """Not by `ru_maxrss`, in which a new process has the peak of the one that started it."""
+    threads, nbytes = 2, 256 << 20
+    path = write(tmp_path, {"weight": entry("F32", (8192, 8192), (0, nbytes))})
+    os.truncate(path, path.stat().st_size + nbytes)  # takes no block of the disk
+    command = [sys.executable, "-c", MEMORY, str(path), how, str(threads)]
+    run = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(run.stdout) <= threads * reader.CHUNK + (16 << 20), "of a tensor of 256 MB"
 
 
 # --- failures

@@ -13,6 +13,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kernelgraft
 from kernelgraft.checkpoint import positioned
+from kernelgraft.checkpoint.files import Checkpoint
+from kernelgraft.checkpoint.reader import fill
+from kernelgraft.checkpoint.sharding import local_part
 from kernelgraft.errors import CheckpointError
 
 
@@ -68,6 +71,29 @@ def test_a_rank_reads_its_part(name, device, mesh, read, tmp_path):
     assert torch.equal(module.weight.to_local(), wanted.to_local())
     # A live module's bytes are read once to see that they can be.
     assert sum(read) == wanted.to_local().nbytes * (2 if device == "cpu" else 1)
+
+
+MERGED = {
+    "rows after rows": torch.cat,
+    "columns beside columns": lambda tensors: torch.cat(tensors, 1),
+    "stack": torch.stack,
+    "stack of pairs": lambda tensors: torch.stack([torch.cat(tensors[:2]), torch.cat(tensors[2:])]),
+}
+
+
+@pytest.mark.parametrize("merged", MERGED)
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_a_rank_reads_its_part_of_what_is_merged(name, merged, mesh, read, tmp_path):
+    tensors = {f"{i}.weight": torch.randn(7, 6144) for i in range(4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    value = MERGED[merged](list(tensors.values()))
+    wanted = distribute_tensor(value, mesh, PLACEMENTS[name], src_data_rank=None)
+    target = distribute_tensor(torch.full_like(value, torch.nan), mesh, PLACEMENTS[name], src_data_rank=None)
+    with Checkpoint([tmp_path / "model.safetensors"]) as checkpoint:
+        local, part = local_part(target, MERGED[merged]([checkpoint[each] for each in tensors]))
+        fill([(part, local)])
+    assert torch.equal(target.to_local(), wanted.to_local())
+    assert sum(read) == wanted.to_local().nbytes
 
 
 def test_what_is_no_shard_is_refused(mesh, tmp_path):
