@@ -301,9 +301,10 @@ def status(name):  # ru_maxrss begins with what the process that started this on
         return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name + ":"))
 
 tensor = torch.ones(4096, 4096)
+with FileWriter(threads=2, chunk=1 << 20) as writer:  # what torch takes once, in each thread
+    writer.write(sys.argv[1] + "/warm", {"w": torch.ones(4096, 2048)[::2, ::2]})
+before = status("VmRSS")
 with FileWriter(threads=2, chunk=1 << 20) as writer:
-    writer.write(sys.argv[1] + "/warm", {"w": torch.ones(512, 512)[::2, ::2]})
-    before = status("VmRSS")
     writer.write(sys.argv[1] + "/whole", {"w": tensor})
     writer.write(sys.argv[1] + "/rows", {"w": tensor.view(4, 1024, 4096).transpose(0, 1)})
 print(status("VmHWM") - before)
