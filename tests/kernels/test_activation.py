@@ -61,9 +61,10 @@ def test_inputs_that_are_not_contiguous():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_operator_keeps_its_promises(dtype):
+@pytest.mark.parametrize("act", op.ACTIVATIONS)
+def test_the_operator_keeps_its_promises(dtype, act):
     for needs_grad in (False, True):
-        torch.library.opcheck(op._gated, (tensor(3, 2, 20, dtype=dtype).requires_grad_(needs_grad), "silu"))
+        torch.library.opcheck(op._gated, (tensor(3, 2, 20, dtype=dtype).requires_grad_(needs_grad), act))
 
 
 @pytest.mark.usefixtures("in_triton")

@@ -177,9 +177,10 @@ def test_caches_in_any_order_of_memory():
 
 
 @pytest.mark.usefixtures("in_triton")
-@pytest.mark.parametrize("keys", [70, 200])
-def test_operators(keys):
-    qkv, cos, sin, heads, dim, *weights, kind, held_keys, held_values = step((1, (2, 1), keys, 64), (1e-6, 0.0, True))
+@pytest.mark.parametrize(("keys", "dtype"), [(70, torch.float32), *((200, dtype) for dtype in DTYPES)], ids=str)
+def test_operators(keys, dtype):
+    given = step((1, (2, 1), keys, 64), (1e-6, 0.0, True), dtype)
+    qkv, cos, sin, heads, dim, *weights, kind, held_keys, held_values = given
     arguments = (qkv, cos, sin, *weights, heads, dim, *kind, held_keys, held_values)
     torch.library.opcheck(op._longer, (*arguments, 0.125, None))
     mask = torch.ones(1, 1, 1, keys, dtype=torch.bool, device=DEVICE)

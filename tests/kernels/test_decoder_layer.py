@@ -1,8 +1,12 @@
 """Whole decoder layers in models: numbers, gradients, caches, and what is refused."""
 
+import copy
+
 import pytest
 import torch
-from drawn import DEVICE, beside_the_originals
+from drawn import DEVICE, DTYPES, ROUNDED, beside_the_originals, close, few, tensor
+from hypothesis import given
+from hypothesis import strategies as st
 
 import kernelgraft
 import tiny
@@ -22,12 +26,27 @@ MODELS = {
 }
 
 
-def pair(name):
+def pair(name, dtype=torch.float32, **changes):
     kind = name.partition(" ")[0]
-    plain, grafted = (tiny.model(kind, **MODELS[name]).to(DEVICE) for _ in range(2))
+    plain, grafted = (tiny.model(kind, **{**MODELS[name], **changes}).to(DEVICE, dtype) for _ in range(2))
     graft = kernelgraft.graft(grafted, KERNEL)
-    assert len(graft.plan.sites) == 2
+    assert len(graft.plan.sites) == grafted.config.num_hidden_layers
     return plain, grafted, graft
+
+
+def one_layer(model, batch, tokens, trains=True):
+    """What a model's first layer makes of drawn hidden states, and the gradients of a loss over it, by name."""
+    parameter = next(model.parameters())
+    x = tensor(batch, tokens, model.config.hidden_size).to(parameter.dtype).requires_grad_(trains)
+    angles = model.model.rotary_emb(x.detach(), torch.arange(tokens, device=DEVICE)[None])
+    layer = model.model.layers[0]
+    with torch.set_grad_enabled(trains):
+        y = layer(x, position_embeddings=tuple(each.to(x.dtype) for each in angles))
+    if not trains:
+        return y, {}
+    named = {f"model.layers.0.{name}": each for name, each in layer.named_parameters()}
+    grads = torch.autograd.grad(y, [x, *named.values()], tensor(*y.shape, seed=1).to(y.dtype))
+    return y.detach(), dict(zip(["x", *named], grads, strict=True))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="bit for bit is a promise of the CPU")
@@ -58,6 +77,61 @@ def test_gradients_in_triton(name, in_triton):
         torch.testing.assert_close(grad, exact, atol=2e-6, rtol=1e-4, msg=name)
 
 
+@given(
+    name=st.sampled_from([*MODELS]),
+    kv_heads=st.integers(1, 2),
+    groups=st.integers(1, 3),
+    head_dim=st.sampled_from([2, 6, 16, 40, 64]),
+    per_head=st.sampled_from([3, 8, 20]),
+    width=st.sampled_from([8, 44]),
+    batch=st.integers(1, 3),
+    tokens=st.integers(1, 6),
+)
+@few
+def test_drawn_sizes(name, kv_heads, groups, head_dim, per_head, width, batch, tokens, in_triton):
+    heads = kv_heads * groups
+    hidden = heads * per_head
+    plain, grafted, graft = pair(
+        name,
+        num_hidden_layers=1,
+        num_key_value_heads=kv_heads,
+        num_attention_heads=heads,
+        head_dim=head_dim,
+        hidden_size=hidden,
+        intermediate_size=width,
+    )
+    exact, wanted = one_layer(plain.double(), batch, tokens)
+    terms = max(hidden, width, heads * head_dim)
+    for trains in (False, True):
+        y, found = one_layer(grafted, batch, tokens, trains)
+        close(y, exact, torch.float32, terms, size=2 * exact.abs().max())
+    for each, grad, original in beside_the_originals(found, graft, wanted):
+        cancels = 10 if each.endswith(("q_norm_weight", "k_norm_weight")) else 2  # far smaller than their terms
+        close(grad, original, torch.float32, terms + batch * tokens, size=cancels * original.abs().max())
+    assert (graft.calls.kernel, graft.calls.reference) == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("name", ["llama with biases", "qwen3"])
+def test_in_half_precision(name, dtype, in_triton):
+    plain, grafted, graft = pair(name, dtype)
+    exact, exact_grads = one_layer(copy.deepcopy(plain).float(), 2, 7)
+    y, found = one_layer(grafted, 2, 7)
+    eager, eager_grads = one_layer(plain, 2, 7)
+    assert y.dtype == dtype
+    assert (y - exact).norm() < 2 * (eager - exact).norm()
+    wanted, original = (
+        {each: grad for each, _, grad in beside_the_originals(found, graft, grads)}
+        for grads in (exact_grads, eager_grads)
+    )
+    assert {grad.dtype for grad in found.values()} == {dtype}
+    ours = {each: (found[each] - grad).norm() for each, grad in wanted.items()}
+    theirs = {each: (original[each] - grad).norm() for each, grad in wanted.items()}
+    assert torch.stack([*ours.values()]).norm() < 2 * torch.stack([*theirs.values()]).norm()
+    if dtype in ROUNDED:
+        assert all(ours[each] < 2 * theirs[each] for each in wanted)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generation_in_triton(cache, in_triton):
     plain, grafted, graft = pair("qwen3")
@@ -72,10 +146,15 @@ def test_generation_in_triton(cache, in_triton):
 @pytest.mark.parametrize("trains", [False, True])
 def test_compiled_in_one_piece(trains, in_triton):
     _, grafted, _ = pair("qwen3")
-    given = {name: each.to(DEVICE) for name, each in tiny.inputs("qwen3", batch=1, length=6).items()}
+    inputs = {name: each.to(DEVICE) for name, each in tiny.inputs("qwen3", batch=1, length=6).items()}
     compiled = torch.compile(grafted, fullgraph=True, backend="aot_eager")
     with torch.set_grad_enabled(trains):
-        torch.testing.assert_close(compiled(**given, use_cache=False).logits, grafted(**given, use_cache=False).logits)
+        out, wanted = (model(**inputs, use_cache=False).logits for model in (compiled, grafted))
+    torch.testing.assert_close(out, wanted)
+    if trains:
+        parameters = [*grafted.parameters()]
+        grads, exact = (torch.autograd.grad(each.pow(2).mean(), parameters) for each in (out, wanted))
+        torch.testing.assert_close(grads, exact, atol=2e-6, rtol=1e-4)
 
 
 def test_with_activation_checkpointing():
@@ -89,6 +168,26 @@ def test_with_activation_checkpointing():
 def test_verified():
     _, _, graft = pair("qwen3")
     graft.verify(every_site=False).raise_for_failures()
+
+
+def test_what_it_takes_and_what_not_is_said():
+    def said(*shape, dtype=torch.float32, angles=((1, 3, 8), (1, 3, 8)), of_angles=torch.float32, requires_grad=False):
+        given = tuple(torch.empty(*each, dtype=of_angles, requires_grad=requires_grad) for each in angles)
+        return decoder_layer.DecoderLayerLayout.supports(
+            torch.empty(*shape, dtype=dtype, requires_grad=True), None, position_embeddings=given or None
+        )
+
+    assert said(2, 3, 16) is said(0, 3, 16) is said(2, 3, 32768) is True
+    for dtype in DTYPES:
+        assert said(2, 3, 16, dtype=dtype) is said(2, 3, 16, dtype=dtype, of_angles=dtype) is True
+    assert said(2, 3, 16, angles=((2, 3, 8), (2, 3, 8))) is True
+    assert said(3, 16) == "hidden states are (B, T, H), and not (3, 16)"
+    assert "rows of up to 32768 numbers, and not 40000" in said(1, 3, 40000)
+    assert said(2, 3, 16, angles=()) == said(2, 3, 16, angles=((3, 8), (3, 8)))
+    assert "needs cos and sin, (B or 1, T, D), as position_embeddings" in said(2, 3, 16, angles=())
+    assert said(2, 3, 16, requires_grad=True) == "no gradient goes to position_embeddings"
+    assert "and not torch.float64" in said(2, 3, 16, dtype=torch.float64)
+    assert "and not torch.float64" in said(2, 3, 16, of_angles=torch.float64)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from drawn import DTYPES, ROUNDED, close, few, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernelgraft.kernels import activation, one_token_kernels
 from kernelgraft.kernels import few_tokens as op
 from kernelgraft.kernels import few_tokens_kernels as kernels
-from kernelgraft.kernels import one_token_kernels
 
 pytest.importorskip("triton")
 
@@ -166,12 +166,13 @@ def test_slices_of_larger_tensors():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_operator_keeps_its_promises(dtype):
+@pytest.mark.parametrize("act", ["", *activation.ACTIVATIONS])
+def test_the_operator_keeps_its_promises(dtype, act):
     for tokens in (1, 5):
-        drawn = operands((2, tokens), 8, 32, dtype, "silu", norm=True, bias=True, residual=True)
-        arguments = (drawn["x"], drawn["weight"], drawn["bias"], *drawn["norm"], "silu", drawn["residual"])
+        drawn = operands((2, tokens), 8, 32, dtype, act, norm=True, bias=True, residual=True)
+        arguments = (drawn["x"], drawn["weight"], drawn["bias"], *drawn["norm"], act, drawn["residual"])
         torch.library.opcheck(op._product, arguments)
-        torch.library.opcheck(op._product, (drawn["x"], drawn["weight"], None, None, 0.0, 0.0, True, "", None))
+    torch.library.opcheck(op._product, (drawn["x"], drawn["weight"], None, None, 0.0, 0.0, True, act, None))
 
 
 def launched(monkeypatch):

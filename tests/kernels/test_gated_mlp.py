@@ -2,7 +2,10 @@
 
 import pytest
 import torch
-from drawn import DEVICE, DTYPES, beside_the_originals, close, tensor
+from drawn import DEVICE, DTYPES, beside_the_originals, close, few, tensor
+from hypothesis import given
+from hypothesis import settings as of_hypothesis
+from hypothesis import strategies as st
 
 import kernelgraft
 from kernelgraft.errors import PlanError
@@ -13,17 +16,19 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.usefixtures("few_are_four")
 
 H, WIDTH = 32, 24
+LLAMA, GEMMA = (1e-6, 0.0, True), (1e-6, 1.0, False)
+few = of_hypothesis(few, max_examples=12)
 
 
-def operands(tokens, dtype, norm, bias, requires_grad=True):
+def operands(tokens, dtype, norm, bias, requires_grad=True, hidden=H, width=WIDTH):
     drawn = [
-        tensor(*tokens, H, dtype=dtype),
-        tensor(H, dtype=dtype, seed=1, scale=0.2, offset=1) if norm else None,
-        tensor(2 * WIDTH, H, dtype=dtype, seed=2, scale=0.3),
-        tensor(2 * WIDTH, dtype=dtype, seed=3) if bias else None,
-        tensor(H, WIDTH, dtype=dtype, seed=4, scale=0.3),
-        tensor(H, dtype=dtype, seed=5) if bias else None,
-        tensor(*tokens, H, dtype=dtype, seed=6),
+        tensor(*tokens, hidden, dtype=dtype),
+        tensor(hidden, dtype=dtype, seed=1, scale=0.2, offset=1) if norm else None,
+        tensor(2 * width, hidden, dtype=dtype, seed=2, scale=1.7 * hidden**-0.5),
+        tensor(2 * width, dtype=dtype, seed=3) if bias else None,
+        tensor(hidden, width, dtype=dtype, seed=4, scale=1.7 * width**-0.5),
+        tensor(hidden, dtype=dtype, seed=5) if bias else None,
+        tensor(*tokens, hidden, dtype=dtype, seed=6),
     ]
     return [each if each is None else each.requires_grad_(requires_grad) for each in drawn]
 
@@ -46,22 +51,52 @@ def exactly(operands, act, kind=(1e-6, 0.0, True)):
 @pytest.mark.parametrize("tokens", [(1,), (2, 2), (3, 4), (0, 2)], ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("norm", [False, True], ids=["plain", "normed"])
-def test_forward_and_backward(tokens, dtype, norm):
-    for act, bias, kind in (("silu", False, (1e-6, 0.0, True)), ("gelu_tanh", True, (1e-6, 1.0, False))):
-        drawn = operands(tokens, dtype, norm, bias)
-        y = run(drawn, act, kind)
-        exact, wide = exactly(drawn, act, kind)
-        largest = exact.detach().abs().amax() if exact.numel() else 0.0
-        close(y.detach(), exact.detach(), dtype, terms=H, size=largest)
-        with torch.no_grad():
-            close(run(drawn, act, kind), exact.detach(), dtype, terms=H, size=largest)
-        upstream = tensor(*y.shape, dtype=dtype, seed=9)
-        y.backward(upstream)
-        exact.backward(upstream.double())
-        for each, wider in zip(drawn, wide, strict=True):
-            if each is not None:
-                size = 2 * wider.grad.abs().amax() if wider.grad.numel() else 0.0
-                close(each.grad, wider.grad, dtype, terms=H + y.numel() // H, size=size)
+@pytest.mark.parametrize(
+    ("act", "bias", "kind"),
+    [("silu", False, LLAMA), ("gelu", False, GEMMA), ("gelu", True, LLAMA), ("gelu_tanh", True, GEMMA)],
+)
+def test_forward_and_backward(tokens, dtype, norm, act, bias, kind):
+    check(operands(tokens, dtype, norm, bias), act, kind)
+
+
+leading = st.one_of(st.just(()), st.lists(st.integers(0, 4), min_size=1, max_size=3).map(tuple))
+
+
+@pytest.mark.usefixtures("in_triton")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    tokens=leading,
+    hidden=st.sampled_from([9, 16, 33, 64, 130]),
+    width=st.sampled_from([9, 24, 64, 131]),
+    act=st.sampled_from([*op.activation.ACTIVATIONS]),
+    norm=st.booleans(),
+    bias=st.booleans(),
+    kind=st.sampled_from([LLAMA, GEMMA]),
+)
+@few
+def test_drawn_shapes(dtype, tokens, hidden, width, act, norm, bias, kind):
+    check(operands(tokens, dtype, norm, bias, hidden=hidden, width=width), act, kind)
+
+
+def check(drawn, act, kind):
+    """Outputs with and without a gradient, and gradients, against the same in float64."""
+    x, down = drawn[0], drawn[4]
+    y = run(drawn, act, kind)
+    assert y.dtype == x.dtype
+    exact, wide = exactly(drawn, act, kind)
+    terms = max(down.shape)
+    # Gate, up and their product are rounded on the way, and what is added up may cancel.
+    size = 2 * exact.detach().abs().amax() if exact.numel() else 0.0
+    close(y.detach(), exact.detach(), x.dtype, terms=terms, size=size)
+    with torch.no_grad():
+        close(run(drawn, act, kind), exact.detach(), x.dtype, terms=terms, size=size)
+    upstream = tensor(*y.shape, dtype=x.dtype, seed=9)
+    y.backward(upstream)
+    exact.backward(upstream.double())
+    for each, wider in zip(drawn, wide, strict=True):
+        if each is not None:
+            size = 2 * wider.grad.abs().amax() if wider.grad.numel() else 0.0
+            close(each.grad, wider.grad, x.dtype, terms=terms + x.shape[:-1].numel(), size=size)
 
 
 @pytest.mark.usefixtures("in_triton")
@@ -167,6 +202,8 @@ CASES = [
     ("qwen3", {FUSION: "kernelgraft.kernels:RMSNormMLP"}, {}),
     ("llama", {FUSION: "kernelgraft.kernels:RMSNormMLP"}, {"mlp_bias": True}),
     ("gemma3", {OF_GEMMA: "kernelgraft.kernels:RMSNormMLP"}, {}),
+    ("llama", {"MLP": "kernelgraft.kernels:GeGLUMLP"}, {"hidden_act": "gelu", "mlp_bias": True}),
+    ("llama", {FUSION: "kernelgraft.kernels:RMSNormMLP"}, {"hidden_act": "gelu", "mlp_bias": True}),
 ]
 
 

@@ -164,21 +164,20 @@ def test_dtypes_that_differ_are_promoted_as_in_torch():
         close(found, wanted, torch.float16, size=1.0)
 
 
-def samples(dtype):
-    for kind in KINDS if dtype == torch.float32 else ["llama"]:
-        tensors, numbers = given_for(kind, (2, 2, (2, 1), 8), dtype)
-        options = {"eps": 1e-6, "offset": 0.0, "rounds_first": True, **numbers}
-        weights = {"q_weight": None, "k_weight": None, **tensors}
-        if kind == "none":
-            yield op._rotate, {**weights, **options, "copies": False}
-        yield op._rotate, {**weights, **needing_grad(tensors), **options, "copies": True}
-        cache = {name: tensor(2, 1, 5, 8, dtype=dtype) for name in ("keys", "values")}
-        yield op._rotate_into, {**weights, **options, **cache, "position": torch.tensor(1, device=DEVICE)}
+def samples(kind, dtype):
+    tensors, numbers = given_for(kind, (2, 2, (2, 1), 8), dtype)
+    options = {"eps": 1e-6, "offset": 0.0, "rounds_first": True, **numbers}
+    weights = {"q_weight": None, "k_weight": None, **tensors}
+    if kind == "none":
+        yield op._rotate, {**weights, **options, "copies": False}
+    yield op._rotate, {**weights, **needing_grad(tensors), **options, "copies": True}
+    cache = {name: tensor(2, 1, 5, 8, dtype=dtype) for name in ("keys", "values")}
+    yield op._rotate_into, {**weights, **options, **cache, "position": torch.tensor(1, device=DEVICE)}
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
-def test_the_operators_keep_their_promises(dtype):
-    for operator, arguments in samples(dtype):
+@pytest.mark.parametrize(("kind", "dtype"), [*zip(KINDS, DTYPES, strict=True)], ids=str)  # each takes two seconds
+def test_the_operators_keep_their_promises(kind, dtype):
+    for operator, arguments in samples(kind, dtype):
         torch.library.opcheck(operator, (), arguments)
 
 
