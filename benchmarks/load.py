@@ -1,6 +1,6 @@
 """Loading, updating and saving at the speed of the machine: makes the table of issue 5.
 
-    PYTHONPATH=src python benchmarks/load.py cpu
+    PYTHONPATH=src python benchmarks/load.py all
     PYTHONPATH=src python benchmarks/load.py gpu --rows 'limit-*,ours-*'
 
 Every repetition is a process of its own, and the cases take turns. Raw rows go to `benchmarks/results/`; what they
@@ -32,6 +32,7 @@ from watch import Watch
 HERE = Path(__file__).resolve().parent
 IMPORT_LIMIT_S = 600
 # A load to the GPU takes little of the host; one to the CPU its model, and what Transformers needs beside it.
+ALL = "all"
 GPU_RESERVE_GB = 4
 CPU_RESERVE = 1.4
 
@@ -107,7 +108,12 @@ class Worker:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure what the command line asks for."""
-    asked = _parsed(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == [ALL]:
+        for group in GROUPS:
+            main([group, *given[1:]])
+        return
+    asked = _parsed(given)
     if asked.table:
         rows = [json.loads(line) for file in asked.table for line in file.read_text().splitlines()]
         print("\n\n".join(table.by_run(rows, asked.group)))
@@ -126,7 +132,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("group", choices=[*GROUPS, ALL], help=f"{ALL}: one after the other")
     parser.add_argument("--rows", default="*", help="names of rows, or patterns, joined by commas (default: all)")
     parser.add_argument("--repeats", type=int, default=5, help="processes for each row (default: 5)")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written, and found again")

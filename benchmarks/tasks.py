@@ -168,10 +168,10 @@ def planning(run: Run) -> Measurement:
     opened = 0.0
     original, load_lazily = kernelgraft.auto.Checkpoint, kernelgraft.auto.load_lazily
 
-    def opens(files: Any) -> Any:
+    def opens(*arguments: Any) -> Any:
         nonlocal opened
         opened = time.perf_counter()
-        return original(files)
+        return original(*arguments)
 
     def stops(*arguments: Any) -> None:
         load_lazily(*arguments)

@@ -61,6 +61,19 @@ def test_the_table_comes_at_the_end_and_again_from_the_rows(done):
     assert again.stdout.strip() in done[0].stdout
 
 
+def test_one_command_makes_the_table_of_all_groups(done, tmp_path):
+    """Of rows that were measured before, each group with its own lines."""
+    found = run("all", "--table", *(done[1] / "results").iterdir())
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip() in done[0].stdout  # there are none of "gpu"
+    small = run("all", "--rows", "planning,limit-pread-8x16", "--small", "--device", "cpu", "--repeats", 1,
+                "--folder", tmp_path / "models", "--results", tmp_path / "all")  # fmt: skip
+    assert small.returncode == 0, small.stderr
+    (file,) = (tmp_path / "all").iterdir()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [(row["group"], row["case"]) for row in rows] == [("gpu", "limit-pread-8x16"), ("cpu", "planning")]
+
+
 def test_nothing_stays_in_the_folder_but_the_models(done):
     assert {path.name for path in (done[1] / "models").iterdir()} == {"small-dense", "small-many"}
 
