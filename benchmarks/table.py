@@ -81,10 +81,13 @@ def _judge_gpu(rows: Rows) -> Iterator[Judged]:
         )
     for case in ("ours-plain", "ours-merged"):
         yield _bytes_at_most(f"GPU peak over the model, {case[5:]}", rows.median(case, gpu_over), 0.3)
-    update, copy = (
-        rows.median("update", lambda row, key=key: statistics.median(row[key])) for key in ("update_s", "copy_s")
+    update, stream, copy = (
+        # Rows of before 2026-11-29 have no stream.
+        rows.median("update", lambda row, key=key: statistics.median(row[key]) if key in row else None)
+        for key in ("update_s", "stream_s", "copy_s")
     )
     yield _at_most("update of the grafted 8B over a plain device copy", update, copy, 1.2)
+    yield _at_most("the same from an iterator", stream, copy, 1.2)
     extra = rows.median("update", lambda row: row["extra_bytes"])
     yield Judged(
         "update: bytes extra", "-" if extra is None else f"{extra:.0f}", "0", None if extra is None else not extra

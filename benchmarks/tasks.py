@@ -16,7 +16,7 @@ from worker import Measurement, Run
 def update(run: Run, *, times: int) -> Measurement:
     """New weights from the same device into a grafted model, against a loop of `copy_` over the same tensors.
 
-    The two take turns. The new weights are the old ones with another sign, so that a captured graph of a layer's MLP
+    A mapping of them, an iterator and the loop take turns. The new weights are the old ones with another sign, so that a captured graph of a layer's MLP
     must give another result.
     """
     import torch
@@ -56,14 +56,20 @@ def update(run: Run, *, times: int) -> Measurement:
         for name, tensor in news.items():
             state[name].copy_(tensor)
 
-    taken: dict[str, list[float]] = {"update": [], "copy": []}
+    ways = {
+        "update": lambda: graft.update(news),
+        "stream": lambda: graft.update(iter(news.items())),
+        "copy": copies,
+    }
+    taken: dict[str, list[float]] = {name: [] for name in ways}
     with run.clock(), torch.no_grad():
         for _ in range(times):
-            for name, work in (("update", lambda: graft.update(news)), ("copy", copies)):
+            for name, work in ways.items():
                 taken[name].append(_timed(torch, run, work))
     run.result |= {
         "bytes": sum(tensor.numel() * tensor.element_size() for tensor in news.values()),
         "update_s": taken["update"],
+        "stream_s": taken["stream"],
         "copy_s": taken["copy"],
         "extra_bytes": extra,
         "graph": run.device == "cuda",

@@ -66,11 +66,12 @@ def test_the_table_of_a_gpu_has_every_line():
     gpu = {"gpu_allocated": 1200, "torch_pinned": 0, "our_pinned": 5}
     rows = [row(case, **gpu) for case in ("bus", "limit-pread-8x16", "ours-plain", "ours-merged", "save-ours")]
     rows += [row(case, **gpu) for case in ("save-transformers", "save-write-direct")]
-    rows.append(row("update", update_s=[1.0, 1.1], copy_s=[1.0, 1.0], extra_bytes=0, graph=True))
+    rows.append(row("update", update_s=[1.0, 1.1], stream_s=[1.3], copy_s=[1.0, 1.0], extra_bytes=0, graph=True))
     rows.append(row("sweep", sweep=[[4, 64, 1, False, 0.7]]))
     found = judged(rows, "gpu")
     assert None not in {holds for _, holds in found.values()}
     assert found["update of the grafted 8B over a plain device copy"] == ("1.050", True)
+    assert found["the same from an iterator"] == ("1.300", False)
     assert found["update: bytes extra"] == ("0", True)
     assert found["save: times as fast as Transformers'"] == ("1.00", False)
     assert "populate" in table.render(rows, "gpu")
