@@ -16,8 +16,8 @@ from worker import Measurement, Run
 def update(run: Run, *, times: int) -> Measurement:
     """New weights from the same device into a grafted model, against a loop of `copy_` over the same tensors.
 
-    A mapping of them, an iterator and the loop take turns. The new weights are the old ones with another sign, so that a captured graph of a layer's MLP
-    must give another result.
+    A mapping of them, an iterator and the loop take turns. The new weights are the old ones with another sign, so that
+    a captured graph of a layer's MLP must give another result.
     """
     import torch
     from torch.nn import functional as F
