@@ -100,6 +100,32 @@ def test_in_triton(name, implementation, in_triton):
     assert (graft.calls.kernel, graft.calls.reference) == (NUM_LAYERS, 0)
 
 
+@pytest.mark.parametrize("kind", ["bool", "float", "for each head", "nothing is seen"])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_a_mask_of_the_callers_own(kind, cache, in_triton):
+    """Of four dimensions, which Transformers hands on as it is; for a prompt, and for one token behind it."""
+    plain, grafted, graft = pair("heads of 64")
+    generator = torch.Generator().manual_seed(0)
+    seen = torch.rand(2, 4 if kind == "for each head" else 1, 7, 7, generator=generator) < 0.6
+    seen |= torch.eye(7, dtype=torch.bool)
+    if kind == "nothing is seen":  # with the least of all numbers, every key counts alike
+        seen[0, :, 6:] = False
+    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    mask = mask.to(DEVICE)
+    ids = batch()["input_ids"]
+    found = []
+    for model in (plain, grafted):
+        held = transformers.DynamicCache() if cache == "dynamic" else transformers.StaticCache(model.config, 7)
+        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+        last = 6 if cache == "dynamic" else 7  # a static cache is as long as it will be
+        with torch.no_grad():
+            first = model(ids[:, :6], attention_mask=mask[:, :, :6, :last], **{name: held}).logits
+            found.append([first, model(ids[:, 6:], attention_mask=mask[:, :, 6:], **{name: held}).logits])
+    for ours, theirs in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert (graft.calls.kernel, graft.calls.reference) == (2 * NUM_LAYERS, 0)
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """How often each kernel was launched."""

@@ -118,7 +118,8 @@ if triton is not None:
             scores = tl.dot(q_high, tl.trans(k_high), scores, input_precision="ieee")
         scores = scores * (scale * 1.4426950408889634)
         if MASK == 2:
-            scores += said * 1.4426950408889634
+            # The least number that there is stays one: where all have it, all are seen alike.
+            scores += tl.maximum(said, -2.3e38) * 1.4426950408889634
         weights, kept, largest, denominator = weighed(scores, allowed, largest, denominator)
         weights = weights.to(q_low.dtype)
         low_total, high_total = low_total * kept[:, None], high_total * kept[:, None]

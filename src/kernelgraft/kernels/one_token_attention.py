@@ -102,7 +102,8 @@ if triton is not None:
             else:
                 scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * 1.4426950408889634)
             if MASK == 2:
-                scores += bias * 1.4426950408889634
+                # The least number that there is stays one: where all have it, all are seen alike.
+                scores += tl.maximum(bias, -2.3e38) * 1.4426950408889634
             weights, kept, largest, denominator = weighed(scores, allowed, largest, denominator)
             if UPCAST:
                 total = total * kept[:, None] + tl.dot(weights.to(v.dtype).to(tl.float32), v.to(tl.float32))
