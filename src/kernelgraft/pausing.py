@@ -6,6 +6,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+# When a load of Qwen3-8B with q/k/v and gate/up merged was planned, 3.8 of 16.4 GB had been read with 5 ms, and 7.1
+# with 0.5 (an H200's host of 16 cores, Python 3.12, one process each, 2026-11-29); in five others of another host 6.4
+# to 7.3.
 TURN = 0.0005
 """Seconds that a thread keeps the interpreter at most when another waits for it, inside `interpreter_handed_over`."""
 
