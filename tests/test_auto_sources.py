@@ -123,6 +123,11 @@ def test_an_index_that_does_not_tell_the_truth_is_refused(sharded):
         load(sharded)
 
 
+def test_a_hub_id_of_several_files(hub, sharded):
+    name, options = hub(sharded)
+    assert_same(load(name, **options), QWEN3.from_pretrained(name, **options))
+
+
 def test_a_hub_id(hub, qwen3_folder):
     name, options = hub(qwen3_folder)
     assert_same(load(name, **options), QWEN3.from_pretrained(name, **options))

@@ -3,10 +3,34 @@
 import gc
 import sys
 import threading
+from contextlib import contextmanager
 
 import pytest
 
 from kernelgraft.pausing import TURN, collector_paused, interpreter_handed_over
+
+
+@contextmanager
+def in_another_thread(block):
+    """Meanwhile another thread is in a block; gives what ends that."""
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with block:
+            entered.set()
+            left.wait(60)
+
+    def leave():
+        left.set()
+        thread.join()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    entered.wait(60)
+    try:
+        yield leave
+    finally:
+        leave()
 
 
 @pytest.fixture(autouse=True)
@@ -40,19 +64,8 @@ def test_an_error_ends_the_pause():
 
 
 def test_threads_that_overlap_leave_it_on():
-    first, second = threading.Event(), threading.Event()
-
-    def other():
-        with collector_paused():
-            first.set()
-            second.wait(60)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    first.wait(60)
-    with collector_paused():
-        second.set()
-        thread.join()
+    with in_another_thread(collector_paused()) as leave, collector_paused():
+        leave()
         assert not gc.isenabled()
     assert gc.isenabled()
 
@@ -113,19 +126,9 @@ def test_turns_that_somebody_sets_meanwhile_stay_so():
 
 def test_turns_are_short_until_the_last_thread_is_through():
     before = sys.getswitchinterval()
-    entered, left = threading.Event(), threading.Event()
-
-    def other():
+    with in_another_thread(interpreter_handed_over()) as leave:
         with interpreter_handed_over():
-            entered.set()
-            left.wait(60)
-
-    thread = threading.Thread(target=other)
-    thread.start()
-    entered.wait(60)
-    with interpreter_handed_over():
-        pass
-    assert sys.getswitchinterval() == TURN
-    left.set()
-    thread.join()
-    assert sys.getswitchinterval() == before
+            pass
+        assert sys.getswitchinterval() == TURN
+        leave()
+        assert sys.getswitchinterval() == before

@@ -108,6 +108,7 @@ class StreamingLane(DeviceLane):
         if self._driver is None or not isinstance(read, Straight):
             return False
         self._enter(read.out.device)
+        # Not by `_filling`: to make that view gives the interpreter up.
         if self._into is None or self._into[0] is not read.out:
             self._into = read.out, read.out.untyped_storage().data_ptr()
         stream = self._streams[read.out.device].cuda_stream

@@ -295,19 +295,16 @@ class FileWriter:
                 self._changed.notify_all()
             return part
 
-    def _stop(self) -> None:
-        """Nothing more is begun."""
+    def _stop(self, *, at_once: bool = True) -> None:
+        """Nothing more comes; and if `at_once`, nothing of what has come is begun any more."""
         with self._changed:
-            self._left.clear()
+            if at_once:
+                self._left.clear()
             self._is_all = True
             self._changed.notify_all()
 
     def _end(self, *, is_whole: bool) -> None:
-        if not is_whole:
-            self._stop()
-        with self._changed:
-            self._is_all = True
-            self._changed.notify_all()
+        self._stop(at_once=not is_whole)
         for pool in (self._pool, self._alone):
             pool.shutdown(wait=True)
         for staging in self._staging:
