@@ -231,6 +231,7 @@ def graphed(ready: Ready) -> tuple[Callable[[], Any], Any]:
             ready.before()
             ready.call()
     torch.cuda.current_stream().wait_stream(stream)
+    ready.before()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = ready.call()

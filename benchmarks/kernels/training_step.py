@@ -2,7 +2,8 @@
 
     PYTHONPATH=src python -m benchmarks.kernels.training_step
 
-Weights are random and 4x2048 tokens are their own labels. No optimizer: all variants would take the same one.
+Weights are random and 4x2048 tokens are their own labels. No optimizer: all variants would take the same one. In a CUDA
+graph the device's time alone counts: without one the host may be the slower of the two.
 """
 
 import argparse
@@ -10,6 +11,8 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,27 +25,38 @@ BATCH, LENGTH = 4, 2048
 
 
 def works(asked: argparse.Namespace) -> Iterator[Work]:
-    """The one step."""
+    """The step as it is called, and in a CUDA graph."""
     model = qwen3.model("0.6b", asked).train()
     batch, length = (2, 9) if asked.tiny else (BATCH, LENGTH)
     ids = qwen3.token_ids(model, batch, length, asked)
     # Of eager's matrix products: forward, and twice as much backward; attention is left out.
     matrices = sum(each.numel() for name, each in model.named_parameters() if each.ndim == 2 and "layers" in name)
     matrices += model.lm_head.weight.numel()
-    yield Work(
+    makers: dict[str, Callable[[], Ready]] = {
+        "eager": lambda: ready(model, ids),
+        "compile": lambda: _compiled(model, ids, asked),
+        "liger": lambda: _liger(model, ids, asked),
+        "ours": lambda: _ours(model, ids, layers=True),
+        "ours, two kernels": lambda: _ours(model, ids, layers=False),
+    }
+    step = Work(
         name=f"training step {batch}x{length}, Qwen3-0.6B",
         shape={"batch": batch, "length": length},
-        variants={
-            "eager": lambda: ready(model, ids),
-            "liger": lambda: _liger(model, ids, asked),
-            "ours": lambda: _ours(model, ids, layers=True),
-            "ours, two kernels": lambda: _ours(model, ids, layers=False),
-        },
+        variants=makers,
         reference=lambda: _exact(model, ids),
         operations=6 * matrices * batch * length,
         with_host=True,
         gradients=True,
         repeats=None if asked.tiny else 15,
+    )
+    yield step
+    yield replace(
+        step,
+        name=f"{step.name}, graph",
+        variants={name: partial(_loss_alone, make) for name, make in makers.items() if name != "compile"},
+        reference=lambda: _exact(model, ids)[:1],
+        with_host=False,
+        graph=True,
     )
 
 
@@ -85,6 +99,12 @@ def ready(
     return Ready(within, outputs, before, graft, {"model_bytes": state, **(says or {})})
 
 
+def _loss_alone(make: Callable[[], Ready]) -> Ready:
+    """A step of which a graph gives the loss: gradients lie in its memory, and are compared in the step without one."""
+    made = make()
+    return replace(made, outputs=None)
+
+
 def _gradients(of: nn.Module) -> list[torch.Tensor]:
     """The embeddings' gradient, which all of the model has a part in, and the norm of each layer's.
 
@@ -118,6 +138,12 @@ def _exact(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
         loss.backward()
         losses.append(loss.detach())
     return [torch.stack(losses).sum(), *_gradients(of)]
+
+
+def _compiled(model: Any, ids: torch.Tensor, asked: argparse.Namespace) -> Ready:
+    of = copy.deepcopy(model)
+    of.forward = measure.compiled(of.forward, asked)
+    return ready(of, ids)
 
 
 def _liger(model: Any, ids: torch.Tensor, asked: argparse.Namespace) -> Ready:
