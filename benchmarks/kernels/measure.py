@@ -190,6 +190,17 @@ def profiled(ready: Ready, device: torch.device) -> str:
     return found
 
 
+def device_us(call: Callable[[], Any], device: torch.device) -> float | None:
+    """What the kernels and copies of a call take on a GPU together, in microseconds; none on the CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize(device)
+    return float(sum(each.self_device_time_total for each in profile.key_averages()))
+
+
 def compiled(what: Any, asked: argparse.Namespace, **options: Any) -> Any:
     """`torch.compile` of a function or module for these shapes; in a trial without the code generator."""
     if asked.tiny:
@@ -231,7 +242,6 @@ def graphed(ready: Ready) -> tuple[Callable[[], Any], Any]:
             ready.before()
             ready.call()
     torch.cuda.current_stream().wait_stream(stream)
-    ready.before()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = ready.call()

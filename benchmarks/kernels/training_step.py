@@ -2,8 +2,8 @@
 
     PYTHONPATH=src python -m benchmarks.kernels.training_step
 
-Weights are random and 4x2048 tokens are their own labels. No optimizer: all variants would take the same one. In a CUDA
-graph the device's time alone counts: without one the host may be the slower of the two.
+Weights are random and 4x2048 tokens are their own labels. No optimizer: all variants would take the same one. The time
+is the host's and the device's together; `device_us` of a row is what the device's kernels take by themselves.
 """
 
 import argparse
@@ -11,8 +11,6 @@ import copy
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,38 +23,28 @@ BATCH, LENGTH = 4, 2048
 
 
 def works(asked: argparse.Namespace) -> Iterator[Work]:
-    """The step as it is called, and in a CUDA graph."""
+    """The one step."""
     model = qwen3.model("0.6b", asked).train()
     batch, length = (2, 9) if asked.tiny else (BATCH, LENGTH)
     ids = qwen3.token_ids(model, batch, length, asked)
     # Of eager's matrix products: forward, and twice as much backward; attention is left out.
     matrices = sum(each.numel() for name, each in model.named_parameters() if each.ndim == 2 and "layers" in name)
     matrices += model.lm_head.weight.numel()
-    makers: dict[str, Callable[[], Ready]] = {
-        "eager": lambda: ready(model, ids),
-        "compile": lambda: _compiled(model, ids, asked),
-        "liger": lambda: _liger(model, ids, asked),
-        "ours": lambda: _ours(model, ids, layers=True),
-        "ours, two kernels": lambda: _ours(model, ids, layers=False),
-    }
-    step = Work(
+    yield Work(
         name=f"training step {batch}x{length}, Qwen3-0.6B",
         shape={"batch": batch, "length": length},
-        variants=makers,
+        variants={
+            "eager": lambda: ready(model, ids),
+            "compile": lambda: _compiled(model, ids, asked),
+            "liger": lambda: _liger(model, ids, asked),
+            "ours": lambda: _ours(model, ids, layers=True),
+            "ours, two kernels": lambda: _ours(model, ids, layers=False),
+        },
         reference=lambda: _exact(model, ids),
         operations=6 * matrices * batch * length,
         with_host=True,
         gradients=True,
         repeats=None if asked.tiny else 15,
-    )
-    yield step
-    yield replace(
-        step,
-        name=f"{step.name}, graph",
-        variants={name: partial(_loss_alone, make) for name, make in makers.items() if name != "compile"},
-        reference=lambda: _exact(model, ids)[:1],
-        with_host=False,
-        graph=True,
     )
 
 
@@ -93,16 +81,13 @@ def ready(
 
     def outputs() -> list[torch.Tensor]:
         loss = within()
-        return [loss, *_gradients(of)]
+        found = [loss, *_gradients(of)]
+        before()
+        row["device_us"] = measure.device_us(within, ids.device)
+        return found
 
-    state = qwen3.num_bytes(list(of.parameters()))
-    return Ready(within, outputs, before, graft, {"model_bytes": state, **(says or {})})
-
-
-def _loss_alone(make: Callable[[], Ready]) -> Ready:
-    """A step of which a graph gives the loss: gradients lie in its memory, and are compared in the step without one."""
-    made = make()
-    return replace(made, outputs=None)
+    row = {"model_bytes": qwen3.num_bytes(list(of.parameters())), **(says or {})}
+    return Ready(within, outputs, before, graft, row)
 
 
 def _gradients(of: nn.Module) -> list[torch.Tensor]:
