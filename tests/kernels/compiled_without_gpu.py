@@ -5,6 +5,7 @@ H100 or H200, or `89`, for an L4 or RTX 4090, it prints a line for each kernel.
 """
 
 import contextlib
+import itertools
 import sys
 
 import torch
@@ -14,6 +15,7 @@ from triton.runtime.jit import JITFunction
 
 from kernelgraft.kernels import (
     activation,
+    cross_entropy_rows,
     decode_attention_kernels,
     device,
     few_tokens,
@@ -27,6 +29,7 @@ from kernelgraft.kernels import (
 
 TYPES = {
     torch.bfloat16: "bf16",
+    torch.float16: "fp16",
     torch.float32: "fp32",
     torch.int64: "i64",
     torch.int32: "i32",
@@ -39,7 +42,11 @@ GPUS = {90: (132, 227 << 10), 89: (128, 99 << 10)}
 architecture = 90
 
 DEVICE = "cpu"
-"""Where the tensors are; on "cuda", where `sanitized.py` has them, they are zeros."""
+"""Where the tensors are; on "cuda", where `sanitized.py` has them, their numbers are drawn."""
+
+HALVES = torch.bfloat16, torch.float16
+half = HALVES[0]
+"""What has 16 bits in all that is launched now."""
 
 compiled, currents = {}, []
 
@@ -87,13 +94,18 @@ def compile_instead(self, *args, grid, warmup, num_warps=4, num_stages=3, enable
     compiled.setdefault(self.__name__, []).append(made.asm["ptx"])
 
 
-def empty(*shape, dtype=torch.bfloat16):
-    return torch.zeros(shape, dtype=dtype, device=DEVICE) if DEVICE == "cuda" else torch.empty(shape, dtype=dtype)
+def empty(*shape, dtype=None):
+    dtype = dtype or half
+    return torch.randn(shape, device=DEVICE).to(dtype) if DEVICE == "cuda" else torch.empty(shape, dtype=dtype)
 
 
-def launch_all():
-    for launch in GROUPS.values():
-        launch()
+def launch(*names):
+    """Groups, all if none is named, with each of the dtypes of 16 bits."""
+    global half
+    for dtype in HALVES:
+        half = dtype
+        for name in names or GROUPS:
+            GROUPS[name]()
 
 
 def launch_mlps():
@@ -130,7 +142,7 @@ def launch_norms():
     """Backward too where rows are few, one, as many as can be few, and many."""
     for rows, columns in ((1, 1024), (32, 4096), (132, 1000), (132, 32768), (300, 1024), (300, 32768)):
         x, weight = empty(rows, columns), empty(columns)
-        for dtype, residual, offset in ((torch.bfloat16, x, 0.0), (torch.float32, None, 1.0)):
+        for dtype, residual, offset in ((half, x, 0.0), (torch.float32, None, 1.0)):
             norm = (weight.to(dtype), 1e-6, offset, not offset)
             rms_norm_kernels.launch(x.to(dtype), residual, *norm, True)
             rstd = empty(rows, dtype=torch.float32)
@@ -140,7 +152,7 @@ def launch_norms():
 
 def launch_products():
     """Those of few tokens in the sizes that take most shared memory, and in the smallest."""
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in (half, torch.float32) if half is HALVES[0] else (half,):
         up, down = empty(2 * 12288, 4096, dtype=dtype), empty(4096, 12288, dtype=dtype)
         for tokens in (1, 32, 64):  # of which 32 and 64 are split, where they are not gated
             few_tokens.launch(empty(tokens, 4096, dtype=dtype), up, None, None, "silu", None)
@@ -149,7 +161,24 @@ def launch_products():
         few_tokens.launch(empty(tokens, 515), empty(2, 515), empty(2), few_tokens.Norm(empty(515), 1e-6), "gelu", None)
 
 
-GROUPS = {"norms": launch_norms, "mlps": launch_mlps, "products": launch_products, "attention": launch_attention}
+def launch_loss():
+    """Plain, and with all that can be asked of it; of fewer classes than a program takes at once, and of more."""
+    plain = cross_entropy_rows.Formula(rounds=False)
+    everything = cross_entropy_rows.Formula(label_smoothing=0.1, scale=3.0, divides=True, softcap=30.0)
+    target, upstream = torch.arange(70, device=DEVICE), empty(1, dtype=torch.float32)
+    for num_classes, dtype, gradient in itertools.product((1001, 50257), (half, torch.float32), (False, True)):
+        logits, weight, loss = empty(70, num_classes, dtype=dtype), empty(num_classes), empty(70, dtype=torch.float32)
+        cross_entropy_rows.launch_rows(logits, target, None, None, loss, plain, gradient)
+        cross_entropy_rows.launch_rows(logits, target, weight, upstream, loss, everything, gradient)
+
+
+GROUPS = {
+    "norms": launch_norms,
+    "mlps": launch_mlps,
+    "products": launch_products,
+    "attention": launch_attention,
+    "loss": launch_loss,
+}
 
 
 def look_at_ptx():
@@ -179,7 +208,7 @@ def main(of):
     device.shared_memory = lambda _: shared - device._SCRATCH
     overlap.overlaps = lambda _: of >= 90
     device.elsewhere, torch.cuda.device_of = lambda _: True, current
-    launch_all()
+    launch()
     if of >= 90:
         look_at_ptx()
     for name, ways in compiled.items():

@@ -22,8 +22,7 @@ from kernelgraft.kernels import layers
 pytest.importorskip("triton")
 
 KERNELS = """_add_rows _add_splits _attend_split _backward _backward_blocks _backward_few_rows _backward_rows _combine
-    _decode_split _forward _forward_blocks _forward_rows _one_token _some_tokens"""
-"""All of them but that of the loss, which `test_cross_entropy.py` compiles with each of its switches."""
+    _decode_split _forward _forward_blocks _forward_rows _loss_rows _one_token _some_tokens"""
 
 
 @pytest.mark.parametrize("architecture", ["90", "89"])

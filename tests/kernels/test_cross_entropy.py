@@ -1,10 +1,5 @@
 """Cross entropy of a head against torch in float64: in Triton (its interpreter on a CPU), and in plain torch."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from drawn import DEVICE, DTYPES, ROUNDED, close, few, tensor
@@ -369,32 +364,3 @@ def test_what_does_not_go_together(changed, said):
     with pytest.raises(ValueError) as error:
         op.linear_cross_entropy(**{**given, **changed})
     assert said in str(error.value)
-
-
-def compiled_for_hopper(**flags):
-    """The PTX for a GPU that need not be there: the interpreter lets types pass that the compiler does not."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource, compile
-
-    kernel, none = rows._loss_rows, [name for name in ("class_weight_ptr", "upstream_ptr") if name not in flags]
-    types = {"logits_ptr": "*bf16", "target_ptr": "*i64", "class_weight_ptr": "*fp32", "upstream_ptr": "*fp32"}
-    types |= {"loss_ptr": "*fp32", "num_columns": "i32", "stride": "i32", "ignore_index": "i32"}
-    known = {name: flags.get(name, False) for name in kernel.arg_names if name.isupper()} | {"COLUMNS": 4096}
-    known |= dict.fromkeys(none)
-    signature = {name: "constexpr" if name in known else types.get(name, "fp32") for name in kernel.arg_names}
-    constants = {(kernel.arg_names.index(name),): value for name, value in known.items()}
-    made = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
-    return made.asm["ptx"]
-
-
-def test_it_compiles_for_a_gpu():
-    script = """if True:
-        from test_cross_entropy import compiled_for_hopper as compiled
-        switches = ["SCALES", "CAPS", "ROUNDS", "SMOOTHS", "WEIGHS", "SCALES_GRADIENT", "GRADIENT"]
-        assert ".entry _loss_rows" in compiled()
-        compiled(**dict.fromkeys([*switches, "class_weight_ptr", "upstream_ptr"], True))
-    """
-    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": paths}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
