@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 import kernelgraft
 import tiny
 from kernelgraft.errors import PlanError
-from kernelgraft.kernels import decoder_layer
+from kernelgraft.kernels import decoder_layer, rms_norm
 
 pytest.importorskip("triton")
 pytestmark = [pytest.mark.transformers, pytest.mark.usefixtures("few_are_four")]
@@ -44,9 +44,9 @@ def one_layer(model, batch, tokens, trains=True):
         y = layer(x, position_embeddings=tuple(each.to(x.dtype) for each in angles))
     if not trains:
         return y, {}
-    named = {f"model.layers.0.{name}": each for name, each in layer.named_parameters()}
-    grads = torch.autograd.grad(y, [x, *named.values()], tensor(*y.shape, seed=1).to(y.dtype))
-    return y.detach(), dict(zip(["x", *named], grads, strict=True))
+    named = {"x": x} | {f"model.layers.0.{name}": each for name, each in layer.named_parameters() if each.requires_grad}
+    grads = torch.autograd.grad(y, named.values(), tensor(*y.shape, seed=1).to(y.dtype))
+    return y.detach(), dict(zip(named, grads, strict=True))
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="bit for bit is a promise of the CPU")
@@ -75,6 +75,44 @@ def test_gradients_in_triton(name, in_triton):
     plain, grafted, graft = pair(name)
     for name, grad, exact in beside_the_originals(tiny.gradients(grafted), graft, tiny.gradients(plain)):
         torch.testing.assert_close(grad, exact, atol=2e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize(
+    "learns", ["nothing", "input_layernorm", "post_attention_layernorm", "mlp", "down_proj", "self_attn"]
+)
+def test_only_gradients_that_are_wanted(learns, in_triton):
+    """Of parameters by a part of their original names, and of the layer's input in any case."""
+    plain, grafted, graft = pair("llama with biases")
+    found, outputs = [], []
+    for model in (plain, grafted):
+        of = {packed: name for name, parts in graft.names.items() for packed in parts} if model is grafted else {}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(learns in of.get(name, name))
+        y, grads = one_layer(model, 2, 7)
+        outputs.append(y)
+        found.append(grads)
+    torch.testing.assert_close(*outputs)
+    assert (len(found[1]) == 1) is (learns == "nothing")
+    for name, grad, exact in beside_the_originals(found[1], graft, found[0]):
+        torch.testing.assert_close(grad, exact, atol=2e-6, rtol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("trains", [False, True])
+def test_the_first_sum_is_in_the_norm(trains, in_triton, monkeypatch):
+    """And in training what comes to it past the MLP is added in the norm's backward."""
+    _, grafted, _ = pair("qwen3")
+    seen = {"launch": [], "launch_backward": []}
+    for name, adds in seen.items():
+        run = getattr(rms_norm, name)
+
+        def noted(first, added, *rest, run=run, adds=adds):
+            adds.append(added is not None)
+            return run(first, added, *rest)
+
+        monkeypatch.setattr(rms_norm, name, noted)
+    one_layer(grafted, 2, 7, trains)
+    # In training the norm behind the sum is computed again.
+    assert seen == {"launch": [False, True, *[False] * trains], "launch_backward": [True, False] if trains else []}
 
 
 @given(
@@ -127,7 +165,8 @@ def test_in_half_precision(name, dtype, in_triton):
     assert {grad.dtype for grad in found.values()} == {dtype}
     ours = {each: (found[each] - grad).norm() for each, grad in wanted.items()}
     theirs = {each: (original[each] - grad).norm() for each, grad in wanted.items()}
-    assert torch.stack([*ours.values()]).norm() < 2 * torch.stack([*theirs.values()]).norm()
+    most = 2 if dtype in ROUNDED else 4  # what is cut off is off by twice as much as what is rounded
+    assert torch.stack([*ours.values()]).norm() < most * torch.stack([*theirs.values()]).norm()
     if dtype in ROUNDED:
         assert all(ours[each] < 2 * theirs[each] for each in wanted)
 

@@ -115,18 +115,9 @@ def _behind(self: Any, out: torch.Tensor, hidden_states: torch.Tensor) -> torch.
     mlp = self.feed_forward
     norm = Norm(mlp.scale, *mlp.kind)
     few = takes(out, weight, bias, hidden_states)
-    if few or not device.in_triton(out) or _trains(self, hidden_states):
-        # In training the sum alone is kept, and the norm is computed again.
+    if few or not device.in_triton(out):
         h = (taken if few else product)(out, weight, bias, residual=hidden_states)
         return run(mlp, h, norm, residual=h)
     held = [product(out, weight, bias)]
     del out  # it would lie there beside all that the MLP needs
     return run_behind(mlp, held, hidden_states, norm)
-
-
-def _trains(self: Any, hidden_states: torch.Tensor) -> bool:
-    """Whether a gradient is recorded."""
-    if not torch.is_grad_enabled():
-        return False
-    tensors = (hidden_states, *self.attention.parameters(), *self.feed_forward.parameters())
-    return any(each.requires_grad for each in tensors)

@@ -18,12 +18,17 @@ from .few_tokens import Norm, product, reference, takes
 
 
 class _Recomputing(torch.autograd.Function):
-    """What `gated_mlp` computes, and a backward that keeps x, and gate and up."""
+    """What `gated_mlp` computes, and a backward that keeps x, and gate and up.
+
+    With a residual in front, h = x + residual is kept in the place of x, and y is h + down(act(gate(n(h))) * up(n(h)));
+    the gradient of h that comes past the MLP is added inside the norm's backward.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        residual: torch.Tensor | None,
         scale: torch.Tensor | None,
         gate_up: torch.Tensor,
         gate_up_bias: torch.Tensor | None,
@@ -32,41 +37,46 @@ class _Recomputing(torch.autograd.Function):
         kind: tuple[float, float, bool],
         act: str,
     ) -> torch.Tensor:
-        h = x if scale is None else rms_norm.rms_norm(x, scale, *kind)
-        both = F.linear(h, gate_up, gate_up_bias)
-        ctx.kind, ctx.act = kind, act
-        ctx.save_for_backward(x, scale, gate_up, down, both)
-        return F.linear(activation.gated_activation(both, act), down, down_bias)
+        if residual is None or scale is None:
+            h, y = x, x if scale is None else rms_norm.rms_norm(x, scale, *kind)
+        else:
+            y, h = rms_norm.add_rms_norm(x, residual, scale, *kind)
+        both = F.linear(y, gate_up, gate_up_bias)
+        del y
+        ctx.kind, ctx.act, ctx.adds = kind, act, residual is not None
+        ctx.save_for_backward(h, scale, gate_up, down, both)
+        y = F.linear(activation.gated_activation(both, act), down, down_bias)
+        return few_tokens.plus(y, h) if ctx.adds else y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         x, scale, gate_up, down, both = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = _rows(grad)
         grad_down = grad_down_bias = grad_gate_up = grad_gate_up_bias = grad_x = grad_scale = None
-        if needs[4]:
-            grad_down = rows.t() @ _rows(activation.gated_activation(both, ctx.act))
         if needs[5]:
+            grad_down = rows.t() @ _rows(activation.gated_activation(both, ctx.act))
+        if needs[6]:
             grad_down_bias = rows.sum(0)
-        if not any(needs[:4]):
-            return None, None, None, None, grad_down, grad_down_bias, None, None
+        if not any(needs[:5]):
+            return None, None, None, None, None, grad_down, grad_down_bias, None, None
         grad_both = activation.gradient((rows @ down).view(*both.shape[:-1], down.shape[1]), both, ctx.act)
         if scale is None:
             h, rstd = x, None
         else:
             h, rstd = rms_norm.with_rstd(x, scale, *ctx.kind)
-        if needs[2]:
-            grad_gate_up = _rows(grad_both).t() @ _rows(h)
         if needs[3]:
+            grad_gate_up = _rows(grad_both).t() @ _rows(h)
+        if needs[4]:
             grad_gate_up_bias = _rows(grad_both).sum(0)
-        if needs[0] or needs[1]:
-            grad_h = grad_both @ gate_up
-            if rstd is None:
-                grad_x = grad_h
-            else:
-                grad_x, grad_scale = rms_norm.gradients(grad_h, x, scale, rstd, *ctx.kind[1:])
-        return grad_x, grad_scale, grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias, None, None
+        if any(needs[:3]):
+            grad_x = grad_both @ gate_up
+            if rstd is not None:
+                past = grad if ctx.adds else None
+                grad_x, grad_scale = rms_norm.gradients(grad_x, past, x, scale, rstd, *ctx.kind[1:])
+        grad_residual = grad_x if ctx.adds else None
+        return grad_x, grad_residual, grad_scale, grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias, None, None
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
@@ -146,14 +156,20 @@ def gated_mlp(
         kind = (0.0, 0.0, True) if norm is None else norm[1:]
         few: torch.Tensor = _few(x, gate_up, down, act, gate_up_bias, down_bias, scale, *kind, residual)
         return few
-    tensors = [each for each in (x, gate_up, gate_up_bias, down, down_bias, scale) if each is not None]
-    trains = torch.is_grad_enabled() and any(each.requires_grad for each in tensors)
-    alike = all(each.dtype == x.dtype for each in tensors) and not torch.is_autocast_enabled(device.of(x).type)
-    if trains and alike and not takes(x, gate_up):
+    if _recomputes(x, scale, gate_up, gate_up_bias, down, down_bias) and not takes(x, gate_up):
         kind = (0.0, 0.0, True) if norm is None else norm[1:]
-        y: torch.Tensor = _Recomputing.apply(x, scale, gate_up, gate_up_bias, down, down_bias, kind, act)
+        y: torch.Tensor = _Recomputing.apply(x, None, scale, gate_up, gate_up_bias, down, down_bias, kind, act)
         return y if residual is None else residual + y
     return product(product(x, gate_up, gate_up_bias, norm, act), down, down_bias, None, "", residual)
+
+
+def _recomputes(*tensors: torch.Tensor | None) -> bool:
+    """Whether a gradient is recorded, by the backward that is here: of one dtype, which autocast does not change."""
+    there = [each for each in tensors if each is not None]
+    if not torch.is_grad_enabled() or not any(each.requires_grad for each in there):
+        return False
+    alike = all(each.dtype == there[0].dtype for each in there)
+    return alike and not torch.is_autocast_enabled(device.of(there[0]).type)
 
 
 def merged(first: nn.Linear, second: nn.Linear) -> nn.Linear:
@@ -265,7 +281,7 @@ def run(layout: Any, x: torch.Tensor, norm: Norm | None = None, residual: torch.
 
 
 def run_behind(layout: Any, held: list[torch.Tensor], residual: torch.Tensor, norm: Norm) -> torch.Tensor:
-    """What is h + gated_mlp(norm(h)) of h = x + residual, for many tokens where no gradient is recorded.
+    """What is h + gated_mlp(norm(h)) of h = x + residual, for many tokens; the first addition is part of the norm.
 
     Args:
         layout: As in `run`.
@@ -274,10 +290,15 @@ def run_behind(layout: Any, held: list[torch.Tensor], residual: torch.Tensor, no
         norm: An RMS norm of h.
     """
     gate_up, gate_up_bias = weights_of(layout.gate_up_proj)
+    down, down_bias = weights_of(layout.down_proj)
+    weights = (norm.weight, gate_up, gate_up_bias, down, down_bias)
+    if _recomputes(held[0], residual, *weights):
+        y: torch.Tensor = _Recomputing.apply(held.pop(), residual, *weights, norm[1:], layout.activation)
+        return y
     y, h = rms_norm.add_rms_norm(held.pop(), residual, *norm)
     y = F.linear(y, gate_up, gate_up_bias)
     y = activation.gated_activation(y, layout.activation)
-    y = F.linear(y, *weights_of(layout.down_proj))
+    y = F.linear(y, down, down_bias)
     return few_tokens.plus(y, h)
 
 

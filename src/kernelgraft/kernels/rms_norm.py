@@ -165,11 +165,17 @@ def with_rstd(
 
 
 def gradients(
-    grad_y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, rstd: torch.Tensor, offset: float, rounds_first: bool
+    grad_y: torch.Tensor,
+    grad_sum: torch.Tensor | None,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    rstd: torch.Tensor,
+    offset: float,
+    rounds_first: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of `x` and of `weight`."""
-    run = launch_backward if device.launches(grad_y, x, weight, rstd) else _norm_backward
-    both: tuple[torch.Tensor, torch.Tensor] = run(grad_y, None, x, weight, rstd, offset, rounds_first)
+    """Of `x` and of `weight`; `grad_sum` is what comes to `x` past the norm, if anything does."""
+    run = launch_backward if device.launches(grad_y, grad_sum, x, weight, rstd) else _norm_backward
+    both: tuple[torch.Tensor, torch.Tensor] = run(grad_y, grad_sum, x, weight, rstd, offset, rounds_first)
     return both
 
 
