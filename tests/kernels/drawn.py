@@ -63,6 +63,31 @@ def few_are_four(monkeypatch):
     monkeypatch.setattr(few_tokens, "MAX_TOKENS", 4)
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """How often each kernel of attention was launched."""
+    from kernelgraft.kernels import decode_attention, one_token_attention, rotary
+
+    counts = {}
+    modules = (
+        (rotary, "launch"),
+        (rotary, "launch_into"),
+        (one_token_attention, "launch"),
+        (decode_attention, "launch"),
+    )
+    for module, name in modules:
+        run = getattr(module, name)
+        key = f"{module.__name__.rpartition('.')[2]}.{name}"
+        counts[key] = 0
+
+        def counted(*args, run=run, key=key, **kwargs):
+            counts[key] += not args[0].is_meta  # where a graft prepares, nothing is launched
+            return run(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, counted)
+    return counts
+
+
 def beside_the_originals(found, graft, wanted):
     """Gradients of a grafted model, by the names that its parameters have, and the originals' put together."""
     for name, grad in found.items():

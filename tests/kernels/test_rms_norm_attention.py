@@ -10,7 +10,7 @@ from torch import nn
 
 import kernelgraft
 from kernelgraft.errors import PlanError
-from kernelgraft.kernels import decode_attention, one_token_attention, rms_norm_attention, rotary
+from kernelgraft.kernels import rms_norm_attention
 
 pytest.importorskip("triton")
 tiny = pytest.importorskip("tiny")
@@ -100,57 +100,6 @@ def test_in_triton(name, implementation, in_triton):
     assert (graft.calls.kernel, graft.calls.reference) == (NUM_LAYERS, 0)
 
 
-@pytest.mark.parametrize("kind", ["bool", "float", "for each head", "nothing is seen"])
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_a_mask_of_the_callers_own(kind, cache, in_triton):
-    """Of four dimensions, which Transformers hands on as it is; for a prompt, and for one token behind it."""
-    plain, grafted, graft = pair("heads of 64")
-    if kind == "nothing is seen":  # torch's attention on a GPU adds so large a number up to infinity
-        plain.set_attn_implementation("eager")
-    generator = torch.Generator().manual_seed(0)
-    seen = torch.rand(2, 4 if kind == "for each head" else 1, 7, 7, generator=generator) < 0.6
-    seen |= torch.eye(7, dtype=torch.bool)
-    if kind == "nothing is seen":  # with the least of all numbers, every key counts alike
-        seen[0, :, 6:] = False
-    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    mask = mask.to(DEVICE)
-    ids = batch()["input_ids"]
-    found = []
-    for model in (plain, grafted):
-        held = transformers.DynamicCache() if cache == "dynamic" else transformers.StaticCache(model.config, 7)
-        name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-        last = 6 if cache == "dynamic" else 7  # a static cache is as long as it will be
-        with torch.no_grad():
-            first = model(ids[:, :6], attention_mask=mask[:, :, :6, :last], **{name: held}).logits
-            found.append([first, model(ids[:, 6:], attention_mask=mask[:, :, 6:], **{name: held}).logits])
-    for ours, theirs in zip(*reversed(found), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert (graft.calls.kernel, graft.calls.reference) == (2 * NUM_LAYERS, 0)
-
-
-@pytest.fixture
-def launched(monkeypatch):
-    """How often each kernel was launched."""
-    counts = {}
-    modules = (
-        (rotary, "launch"),
-        (rotary, "launch_into"),
-        (one_token_attention, "launch"),
-        (decode_attention, "launch"),
-    )
-    for module, name in modules:
-        run = getattr(module, name)
-        key = f"{module.__name__.rpartition('.')[2]}.{name}"
-        counts[key] = 0
-
-        def counted(*args, run=run, key=key, **kwargs):
-            counts[key] += not args[0].is_meta  # where a graft prepares, nothing is launched
-            return run(*args, **kwargs)
-
-        monkeypatch.setattr(module, name, counted)
-    return counts
-
-
 @pytest.mark.parametrize(
     ("name", "cache", "later_by"),
     [
@@ -188,87 +137,6 @@ def test_the_cache_holds_what_it_holds_without(name, kind, in_triton):
         torch.testing.assert_close(other.keys, one.keys)
         torch.testing.assert_close(other.values, one.values)
         assert int(one.get_seq_length()) == int(other.get_seq_length()) == 9
-
-
-class OwnCache(transformers.StaticCache):
-    """Counts what is written into it."""
-
-    num_updates = 0
-
-    def update(self, *args, **kwargs):
-        self.num_updates += 1
-        return super().update(*args, **kwargs)
-
-
-def test_a_cache_class_of_somebody_else_is_asked(in_triton, launched):
-    _, grafted, _ = pair("heads of 64")
-    cache = OwnCache(grafted.config, 12)
-    with torch.no_grad():
-        for part in batch()["input_ids"].split([5, 1, 1], dim=1):
-            step(grafted, part, cache)
-    assert cache.num_updates == 3 * NUM_LAYERS
-    assert launched["rotary.launch_into"] == launched["decode_attention.launch"] == 0
-    assert launched["one_token_attention.launch"] == 2 * NUM_LAYERS
-
-
-@pytest.fixture
-def registered():
-    """An attention function of somebody else, and what it got."""
-    seen = []
-
-    def attend(module, query, key, value, attention_mask, **kwargs):
-        seen.append((module.layer_idx, module.is_causal, module.num_key_value_groups, kwargs))
-        return transformers.integrations.sdpa_attention.sdpa_attention_forward(
-            module, query, key, value, attention_mask, **{**kwargs, "cache": None}
-        )
-
-    transformers.AttentionInterface.register("of_a_test", attend)
-    transformers.AttentionMaskInterface.register("of_a_test", transformers.masking_utils.sdpa_mask)
-    yield seen
-    del transformers.AttentionInterface._global_mapping["of_a_test"]
-    del transformers.AttentionMaskInterface._global_mapping["of_a_test"]
-
-
-def test_an_attention_function_of_somebody_else_gets_what_the_original_gives_it(in_triton, launched, registered):
-    plain, grafted, _ = pair("heads of 64", "of_a_test")
-    given = {"input_ids": batch()["input_ids"][:, :1]}
-    registered.clear()  # the plan's own forwards
-    wanted = logits(plain, **given)
-    torch.testing.assert_close(logits(grafted, **given), wanted)
-    of_plain, of_grafted = (
-        [(*module, sorted(kwargs)) for *module, kwargs in half] for half in (registered[:2], registered[2:])
-    )
-    assert of_grafted == of_plain
-    assert len(of_plain) == NUM_LAYERS
-    assert launched["one_token_attention.launch"] == 0
-
-
-def test_a_paged_cache_goes_where_the_original_hands_it(registered):
-    """To its own update, or in an older Transformers to the attention function."""
-    from transformers.generation.continuous_batching.cache import PagedAttentionCache
-
-    class Paged(PagedAttentionCache):
-        def __init__(self):
-            self.updates = []
-
-        def update(self, key_states, value_states, layer_idx, kwargs):
-            self.updates.append((layer_idx, sorted(kwargs)))
-            return key_states, value_states
-
-    plain, grafted, _ = pair("llama", "of_a_test")
-    x = torch.randn(1, 3, 32, device=DEVICE)
-    angles = plain.model.rotary_emb(x, torch.arange(3, device=DEVICE)[None])
-    found = []
-    for model in (plain, grafted):
-        layer, paged = model.model.layers[1], Paged()
-        registered.clear()
-        with torch.no_grad():
-            out, _ = layer.self_attn(layer.input_layernorm(x), angles, None, cache=paged, block=3)
-        ((*_, kwargs),) = registered
-        found.append((out, paged.updates, sorted(kwargs), kwargs.get("cache") is paged))
-    torch.testing.assert_close(found[1][0], found[0][0])
-    assert found[1][1:] == found[0][1:]
-    assert found[0][1] or found[0][3]
 
 
 def original_gradients(model, graft=None, kind="llama"):
