@@ -51,7 +51,10 @@ def _products(asked: argparse.Namespace, hidden: int, inner: int) -> Iterator[Wo
         yield _mlp(f"{count} tokens", ways, x[:count], scale, gate_up, down)
     columns = (32, 64) if asked.tiny else (128, 256, 512, 1024)
     for count in (5,) if asked.tiny else (8, 64):
-        ways = {f"ours, {each} columns": {"few_tokens_kernels._ADDED_COLUMNS": each} for each in columns}
+        ways = {
+            f"ours, {each} columns": {"few_tokens_kernels._ADDED_COLUMNS": each, "few_tokens.MAX_TOKENS": 512}
+            for each in columns
+        }
         yield _mlp(f"{count} tokens, parts added up", ways, x[:count], scale, gate_up, down)
 
 

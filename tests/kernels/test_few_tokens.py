@@ -202,6 +202,12 @@ def test_the_kernels_are_for_few_tokens_without_a_gradient(monkeypatch):
 
 
 @pytest.mark.usefixtures("in_triton")
+def test_of_long_rows_half_as_many_tokens_are_few():
+    for tokens, columns, taken in ((64, 2048, True), (32, 2049, True), (33, 2049, False), (64, 4096, False)):
+        assert op.takes(tensor(tokens, columns)) is taken
+
+
+@pytest.mark.usefixtures("in_triton")
 def test_compiled_in_one_piece():
     drawn = operands((2, 3), 8, 32, torch.float32, "silu", norm=True)
     compiled = torch.compile(lambda **given: op.product(**given) + 1, fullgraph=True, backend="aot_eager")

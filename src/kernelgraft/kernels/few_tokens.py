@@ -17,10 +17,10 @@ from .product_parts import Norm
 
 __all__ = ["MAX_TOKENS", "Norm", "launch", "product", "reference", "taken", "takes"]
 
-MAX_TOKENS = 64
-"""Up to so many tokens. The MLP with H 1024, I 3072 takes 19.1 us for 64 and by the library 22.5, for 96 23.4 and 23.2;
-with H 4096, I 12288 83.4 and 89.5 for 32, 98.5 and 93.3 for 64, 118 and 96.1 for 96 (an H200 in bfloat16, torch 2.11,
-Triton 3.6, 2026-11-29)."""
+MAX_TOKENS, LONG = 64, 2048
+"""Up to so many tokens, and half as many where a token has more than so many numbers. The MLP with H 1024, I 3072 takes
+19.1 us for 64 tokens and by the library 22.5, for 96 23.4 and 23.2; with H 4096, I 12288 83.4 and 89.5 for 32, 98.5 and
+93.2 for 64 (an H200 in bfloat16, torch 2.11, Triton 3.6, 2026-11-29)."""
 
 
 # --- the operator: what compilers see. It has no gradient; `product` uses it where none is recorded.
@@ -73,8 +73,9 @@ def reference(
 
 def takes(x: torch.Tensor, *others: torch.Tensor | None) -> bool:
     """Whether the kernels are for products of `x` with these: few tokens, one dtype, no gradient, and no autocast."""
-    dtype = x.dtype
-    if not (device.in_triton(x) and 0 < x.numel() <= MAX_TOKENS * x.shape[-1] and dtype in device.DTYPES):
+    dtype, columns = x.dtype, x.shape[-1]
+    most = (MAX_TOKENS if columns <= LONG else MAX_TOKENS // 2) * columns
+    if not (device.in_triton(x) and 0 < x.numel() <= most and dtype in device.DTYPES):
         return False
     recording = torch.is_grad_enabled()
     if recording and x.requires_grad:
