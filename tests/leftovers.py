@@ -20,8 +20,8 @@ def our_threads():
 
 
 def temporary_files(folder):
-    """What of a save is in a folder or beside it."""
-    return [path for path in (*folder.rglob("*"), *folder.parent.iterdir()) if "kernelgraft-save" in path.name]
+    """What of a save is in a folder."""
+    return [path for path in folder.rglob("*") if "kernelgraft-save" in path.name]
 
 
 def assert_nothing_left(folder):

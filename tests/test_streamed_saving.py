@@ -7,7 +7,6 @@ import os
 import random
 import signal
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,10 @@ from torch import nn
 import kernelgraft
 import tiny
 from allocations import Allocations
-from forked import forked, kill_self
-from kernelgraft.checkpoint import replace as replacing_module
+from forked import forked
 from kernelgraft.conversion.lazy import eager_steps
 from kernelgraft.errors import SaveError
+from kills import kill_at
 from leftovers import assert_nothing_left
 from test_models import CASES
 from transformers_state import Snapshot
@@ -323,41 +322,19 @@ def test_ctrl_c_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert_nothing_left(tmp_path / "folder")
 
 
-STEPS = ("rename", "replace", "link", "unlink", "rmdir", "mkdir", "open", "fsync", "ftruncate", "pwrite")
-
-
-def die_at(n):
-    """In this process: die in front of the `n`-th call that changes the disk."""
-    turn, count = threading.Lock(), [0]
-
-    def dying(call):
-        def counted(*args, **kwargs):
-            with turn:
-                count[0] += 1
-                if count[0] == n:
-                    kill_self()
-            return call(*args, **kwargs)
-
-        return counted
-
-    for name in STEPS:
-        setattr(os, name, dying(getattr(os, name)))
-    replacing_module.exchange = dying(replacing_module.exchange)
-    return count
-
-
+@pytest.mark.parametrize("others", [{}, {"logs/run.txt": b"theirs"}], ids=["", "a subfolder"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_kill_at_20_random_moments(dtype, tmp_path):
-    """The config has the dtype in it: with another one the two are exchanged as folders."""
+def test_a_kill_at_20_random_moments(dtype, others, tmp_path):
+    """The config has the dtype in it: with another one both change in one step, and the record goes."""
     twin, old = grafted("llama", 0)
     new = tiny.model("llama", 1).to(dtype)
     folder = tmp_path / "folder"
-    states = {}
-    for name, model in (("old", twin), ("new", new)):
-        states[name] = type(twin)._from_config(model.config, dtype=model.dtype).state_dict() | model.state_dict()
+    for name, content in others.items():
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_bytes(content)
 
     def run(n):
-        count = die_at(n)
+        count = kill_at(n)
         kernelgraft.save_pretrained(new, folder, max_shard_size="20KB")
         (tmp_path / "count").write_text(f"{count[0]}")
 
@@ -370,7 +347,10 @@ def test_a_kill_at_20_random_moments(dtype, tmp_path):
         assert forked(run, n) == "killed"
         loaded = type(twin).from_pretrained(folder)
         expected = "old" if loaded.dtype == twin.dtype and same(loaded, twin) else "new"
-        assert_same_state(loaded.state_dict(), (twin if expected == "old" else new).state_dict())
+        for each in (loaded, kernelgraft.AutoModelForCausalLM.from_pretrained(folder)):
+            assert_same_state(each.state_dict(), (twin if expected == "old" else new).state_dict())
+        assert (folder / RECORD).exists() == (expected == "old")
+        assert others.items() <= files(folder).items()
         found.append(expected)
     assert found == sorted(found, reverse=True), "first the old one, then the new one"
     kernelgraft.save_pretrained(new, folder)

@@ -25,20 +25,26 @@ class Place:
         folder: The folder that is saved into.
         mark: What tells this save from others.
         inside: The save's folder, inside `folder`.
-        beside: Where the new folder stands before it changes places with the old one; not there otherwise.
         new: Where the new checkpoint is made.
-        aside: Where what it replaces is kept until it is there.
+        old: What it replaces, where several files change through links.
+        current: The link that they change through, to `old` or to `new`; not there otherwise.
+        links: The links to files in it, before they are put into `folder`.
+        aside: What it replaces, where there are no links.
+        absent: Empty files for what is not replaced but new, where there are no links.
+        is_needed: Whether files of `folder` may be in here alone, so that it must stay for the next save.
     """
 
     def __init__(self, folder: Path, mark: str) -> None:
-        beside = f".{folder.name}{_NAME}{mark}"
         self.folder = folder
         self.mark = mark
         self.inside = folder / f"{_NAME}{mark}"
         self.new = self.inside / "new"
-        self.aside = self.inside / "old"
-        # Where a name of that length cannot be, nothing ever is: folders cannot change places with what is in them.
-        self.beside = folder.parent / beside if len(os.fsencode(beside)) < 256 else self.inside / "beside"
+        self.old = self.inside / "old"
+        self.current = self.inside / "current"
+        self.links = self.inside / "links"
+        self.aside = self.inside / "aside"
+        self.absent = self.inside / "absent"
+        self.is_needed = False
         self._lock: int | None = None
 
     def __eq__(self, other: object) -> bool:
@@ -72,16 +78,14 @@ class Place:
 
     def claim(self, *, make: bool = False) -> bool | None:
         """Make the place ours. False if a save that is under way has it, `None` if that cannot be known."""
-        # After a change of places the save's folder is inside the old one, which stands beside the new.
-        moved = self.beside / self.inside.name
         flags = os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | (os.O_CREAT if make else 0)
         try:
-            self._lock = os.open((moved if moved.exists() else self.inside) / _LOCK, flags, 0o666)
+            self._lock = os.open(self.inside / _LOCK, flags, 0o666)
         except FileNotFoundError:
             if make:
                 raise
             # A save that is about to lock its place has nothing in it, and makes another one if it is gone.
-            return not any(files for path in (self.inside, self.beside) for _, _, files in os.walk(path)) or None
+            return not any(files for _, _, files in os.walk(self.inside)) or None
         found = claim(self._lock)
         if not found and not make:
             self.release()
@@ -95,11 +99,13 @@ class Place:
 
     def remove(self) -> None:
         """Remove all that is left of it, its lock in the end, and let go of it."""
-        _remove(self.beside, keep=self.inside.name)
-        for path in (self.beside / self.inside.name, self.inside):
-            _remove(path, keep=_LOCK)
-        for path in (self.beside, self.inside):
-            shutil.rmtree(path, ignore_errors=True)
+        with suppress(OSError):
+            for name in os.listdir(self.inside):
+                if name != _LOCK:
+                    shutil.rmtree(self.inside / name, ignore_errors=True)
+                    with suppress(OSError):
+                        os.unlink(self.inside / name)
+        shutil.rmtree(self.inside, ignore_errors=True)
         self.release()
 
     def release(self) -> None:
@@ -107,16 +113,6 @@ class Place:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
-
-
-def _remove(folder: Path, keep: str) -> None:
-    """Remove what is in a folder, but for what is called `keep`."""
-    with suppress(OSError):
-        for name in os.listdir(folder):
-            if name != keep:
-                shutil.rmtree(folder / name, ignore_errors=True)
-                with suppress(OSError):
-                    os.unlink(folder / name)
 
 
 def _under_way(folder: Path) -> SaveError:
@@ -129,8 +125,7 @@ def _under_way(folder: Path) -> SaveError:
 
 def others(folder: Path) -> list[Place]:
     """The places of all saves into `folder`, dead and alive."""
-    marks = set()
-    for inside, start in ((folder, _NAME), (folder.parent, f".{folder.name}{_NAME}")):
-        with suppress(OSError):
-            marks |= {name.removeprefix(start) for name in os.listdir(inside) if name.startswith(start)}
-    return [Place(folder, mark) for mark in sorted(marks)]
+    names: list[str] = []
+    with suppress(OSError):
+        names = sorted(name for name in os.listdir(folder) if name.startswith(_NAME))
+    return [Place(folder, name.removeprefix(_NAME)) for name in names]

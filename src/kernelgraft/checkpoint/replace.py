@@ -3,30 +3,32 @@
 What is new is made in a folder of its own and brought to the disk there. How it then takes its place depends on what
 is in the folder, as `from_pretrained` looks for `config.json` and for `model.safetensors`, or else for the index:
 
-- No weights yet: first the small files, then the weights, and at last the name by which they are found.
+- No weights, and none of the small files: these come first, then the name by which weights are found.
 - The small files are what they were: shards come under names that are free, and one rename, or the removal of
   `model.safetensors`, makes them the checkpoint. If the shards had to take other names than they should have, they get
   the right ones by a second round of the same kind.
-- Small files differ: the whole folder, with links to all else that is in it, changes places with the old one in one
-  step of the file system. What cannot be linked (folders), folders that are mount points, the working folder, and file
-  systems without such a step are done otherwise: the names by which the old weights are found are taken away, the
-  small files are put in, and the new weights take those names. A kill between the first and the last of these renames
-  leaves a folder that loads nothing; the old checkpoint is in it still, and the next save puts it back.
+- Small files differ: all that do, and the names by which weights are found, become others in one step, through a link
+  (`switch.py`). Shards come before it and get their right names after it, in the same way.
+- The same on a file system without symbolic links or without hard links: the names by which the old weights are found
+  are taken away, the small files are put in, and the new weights take those names. A kill between the first and the
+  last of these renames leaves a folder that loads nothing; the old checkpoint is in it still, and the next save puts it
+  back.
 """
 
 import filecmp
 import json
 import os
 import re
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kernelgraft.checkpoint.claims import Place, others
 from kernelgraft.checkpoint.files import INDEX, SINGLE
-from kernelgraft.checkpoint.system import exchange, sync, uninterrupted
+from kernelgraft.checkpoint.switch import prepare, put_links, settle, sync_folders, turn
+from kernelgraft.checkpoint.system import sync, uninterrupted
 from kernelgraft.errors import SaveError
 
 # What may hold weights that somebody loads together with the small files.
@@ -75,28 +77,38 @@ def replacing(folder: str | Path, names: Names, obsolete: Sequence[str] = ()) ->
     """
     folder = Path(os.path.realpath(folder))
     made: list[Path] = []
+    place: Place | None = None
     try:
         made = _make(folder)
+        for path in made:
+            sync(path.parent)
         place = Place.claimed(folder)
         try:
             for other in others(folder):
                 if other != place and other.claim():
-                    _recover(other)
-                    other.remove()
+                    try:
+                        _recover(other)
+                        other.remove()
+                    finally:
+                        other.release()
             yield place.new
             _sync_tree(place.new)
             uninterrupted(_Commit(place, names, obsolete).run)
         finally:
-            uninterrupted(place.remove)
+            uninterrupted(place.release if place.is_needed else place.remove)
     except BaseException as error:
         for path in reversed(made):
-            with suppress(OSError):
-                path.rmdir()
+            _remove_empty(path)
         if isinstance(error, OSError) and not isinstance(error, SaveError):
+            left = "Nothing in it has changed."
+            if place is not None and place.is_needed:
+                left = (
+                    f"Not all could be put back: the next save into it does that, and needs {place.inside} until then."
+                )
             raise SaveError(
                 error.errno,
                 f"Saving into {folder} failed: {error.strerror or error}"
-                f"{f' ({error.filename})' if error.filename else ''}. Nothing in it has changed.",
+                f"{f' ({error.filename})' if error.filename else ''}. {left}",
             ) from error
         raise
 
@@ -108,8 +120,20 @@ def _make(folder: Path) -> list[Path]:
     while not path.exists():
         missing.insert(0, path)
         path = path.parent
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for path in missing:
+            path.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)  # an error if it is a file
+    except OSError:
+        for path in reversed(missing):
+            _remove_empty(path)
+        raise
     return missing
+
+
+def _remove_empty(folder: Path) -> None:
+    with suppress(OSError):  # it was not made, or somebody has put something in
+        folder.rmdir()
 
 
 def _sync_tree(folder: Path) -> None:
@@ -120,11 +144,17 @@ def _sync_tree(folder: Path) -> None:
 
 
 def _recover(dead: Place) -> None:
-    """Undo what a killed save had begun, unless its checkpoint is there: then no weights are where it was made."""
+    """Undo what a killed save had begun, unless its checkpoint is there."""
     folder = dead.folder
+    settle(dead)
     if any(".safetensors" in path.name for path in _files(dead.new)):
-        for path in _files(dead.aside):
+        kept, absent = _files(dead.aside), _files(dead.absent)
+        for path in absent:
+            (folder / path).unlink(missing_ok=True)
+        # That by which weights are found comes last.
+        for path in sorted(kept, key=lambda path: ".safetensors" in path.name):
             os.replace(dead.aside / path, folder / path)
+        sync_folders(folder, [*kept, *absent])
     names = os.listdir(folder)
     found = {shard for name in names if ".safetensors.index" in name for shard in _named(folder / name)}
     for name in names:
@@ -162,36 +192,57 @@ class _Commit:
 
     def run(self) -> None:
         """Let the new checkpoint take its place."""
-        differs = bool(self.changed or self.gone)
+        small = [*self.changed, *self.gone]
         holds_weights = any(name.endswith(_WEIGHTS) for name in os.listdir(self.folder))
-        if differs and holds_weights and self._exchange_folders():
-            return
+        together = bool(small) and (holds_weights or any(os.path.lexists(self.folder / path) for path in small))
+        self.place.is_needed = True
         try:
             stand_ins = self._put_shards()
-            if differs and holds_weights:
-                self._put_aside(Path(self.names.index), Path(self.names.single))
-            self._put_small()
-            self._put_head()
+            if not (together and self._switch()):
+                if together:
+                    self._take_away()
+                self._put_small()
+                self._put_head()
         except BaseException:
-            for step in reversed(self._undo):
-                step()
+            with suppress(OSError):  # the first one is raised
+                self._put_back()
             raise
         with suppress(OSError):
             # It is there. What follows puts in order, and the next save will where this one cannot.
+            settle(self.place)
             sync(self.folder)
+            self.place.is_needed = False
             self._remove_old(stand_ins)
             if stand_ins:
                 self._rename_stand_ins(stand_ins)
 
+    def _put_back(self) -> None:
+        """Undo what was done. Where that fails, the place stays, and the next save does it."""
+        if self.place.current.is_symlink():
+            turn(self.place, self.place.old)
+            settle(self.place)
+        for step in reversed(self._undo):
+            step()
+        sync_folders(self.folder, [*self.changed, *self.gone])
+        self.place.is_needed = False
+
+    def _heads(self) -> list[Path]:
+        """The names by which weights are found that change."""
+        names = (self.names.single, self.names.index) if self.head is not None else ()
+        return [Path(name) for name in names if name == self.head or os.path.lexists(self.folder / name)]
+
     def _move(self, source: Path, target: Path) -> None:
         """Rename a file; `target` must be free."""
-        target.parent.mkdir(parents=True, exist_ok=True)
+        self._make_folder(target.parent)
         os.rename(source, target)
         self._undo.append(lambda: os.rename(target, source))
 
+    def _make_folder(self, folder: Path) -> None:
+        self._undo.extend(partial(_remove_empty, path) for path in _make(folder))
+
     def _put_shards(self) -> dict[str, str]:
         """Put shards into the folder; stand-ins for their names, by these, if one of them was taken."""
-        taken = any((self.folder / name).exists() for name in self.shards)
+        taken = any(os.path.lexists(self.folder / name) for name in self.shards)
         stand_ins = {name: self.names.stand_in(name, self.place.mark) for name in self.shards} if taken else {}
         for name in self.shards:
             self._move(self.place.new / name, self.folder / stand_ins.get(name, name))
@@ -205,20 +256,40 @@ class _Commit:
         sync(self.folder)
         return stand_ins
 
+    def _switch(self) -> bool:
+        """The commit of several files at once; false where the file system has no links."""
+        paths = [*self.changed, *self.gone, *self._heads()]
+        for path in self.changed:
+            self._make_folder((self.folder / path).parent)
+        if not prepare(self.place, paths):
+            return False
+        put_links(self.place, paths)
+        turn(self.place, self.place.new)
+        return True
+
+    def _take_away(self) -> None:
+        """What that switch replaces, where there are no links."""
+        for path in self.changed:
+            if not os.path.lexists(self.folder / path):
+                # A recovery takes it away.
+                mark = self.place.absent / path
+                mark.parent.mkdir(parents=True, exist_ok=True)
+                mark.touch()
+        self._put_aside(*self._heads(), *self.changed, *self.gone)
+
     def _put_aside(self, *paths: Path) -> None:
         for path in paths:
-            if (self.folder / path).exists():
+            if os.path.lexists(self.folder / path):
                 self._move(self.folder / path, self.place.aside / path)
 
     def _put_small(self) -> None:
-        self._put_aside(*self.changed, *self.gone)
         for path in self.changed:
             self._move(self.place.new / path, self.folder / path)
         if self.changed or self.gone:
-            sync(self.folder)
+            sync_folders(self.folder, [*self.changed, *self.gone])
 
     def _put_head(self) -> None:
-        """The commit: one step by which the weights are found, and the old ones no more."""
+        """The commit of one file: one step by which the weights are found, and the old ones no more."""
         if self.head is None:
             return
         if self.head == self.names.index and (self.folder / self.names.single).exists():
@@ -226,6 +297,7 @@ class _Commit:
             self._put_aside(Path(self.head))
             self._move(self.place.new / self.head, self.folder / self.head)
             sync(self.folder)
+            sync(self.place.new)  # the index is there: a recovery does not put the old one back
             os.unlink(self.folder / self.names.single)
         else:
             os.replace(self.place.new / self.head, self.folder / self.head)
@@ -256,78 +328,6 @@ class _Commit:
         for stand_in in stand_ins.values():
             os.unlink(self.folder / stand_in)
 
-    def _exchange_folders(self) -> bool:
-        """Let a folder with all that shall be there change places with the old one; false if that cannot be done."""
-        folder, place = self.folder, self.place
-        there = sorted(set(os.listdir(folder)) - {place.inside.name})
-        kept = [name for name in there if not self._is_replaced(name)]
-        if os.path.ismount(folder) or not all(_can_be_linked(folder / name) for name in there):
-            return False
-        try:
-            if folder.samefile(Path.cwd()):
-                return False
-            os.rename(place.new, place.beside)
-        except OSError:
-            return False
-        linked: list[str] = []
-        try:
-            _become(place.beside, folder)
-            for name in kept:
-                os.link(folder / name, place.beside / name, follow_symlinks=False)
-                linked.append(name)
-            sync(place.beside)
-            sync(folder.parent)
-            done = exchange(folder, place.beside)
-        except OSError:
-            done = False
-        if not done:
-            for name in linked:
-                os.unlink(place.beside / name)
-            os.rename(place.beside, place.new)
-            return False
-        with suppress(OSError):
-            sync(folder.parent)
-        self._bring_latecomers()
-        return True
-
-    def _is_replaced(self, name: str) -> bool:
-        """Whether what has this name in the old folder has no place in the new one."""
-        weights = (self.names.single, self.names.index)
-        return (
-            (self.place.new / name).exists()
-            or Path(name) in self.gone
-            or (self.head is not None and (name in weights or self.names.is_shard(name)))
-        )
-
-    def _bring_latecomers(self) -> None:
-        """What others wrote into the old folder at the last moment comes into the new one."""
-        old, new = self.place.beside, self.folder
-        for name in set(os.listdir(old)) - {self.place.inside.name}:
-            weights = (self.names.single, self.names.index, *map(str, (*self.changed, *self.gone)))
-            there = new / name
-            is_theirs = name not in weights and not self.names.is_shard(name)
-            if is_theirs and not (there.exists() and there.samefile(old / name)):
-                with suppress(OSError):
-                    os.replace(old / name, there)
-        with suppress(OSError):
-            sync(new)
-
 
 def _same(one: Path, other: Path) -> bool:
     return other.is_file() and filecmp.cmp(one, other, shallow=False)
-
-
-def _can_be_linked(path: Path) -> bool:
-    return path.is_symlink() or path.is_file()
-
-
-def _become(folder: Path, model: Path) -> None:
-    """Give a folder the mode, the times and the owner of another.
-
-    Raises:
-        OSError: The owner cannot be changed.
-    """
-    wanted, found = model.stat(), folder.stat()
-    if (wanted.st_uid, wanted.st_gid) != (found.st_uid, found.st_gid):
-        os.chown(folder, wanted.st_uid, wanted.st_gid)
-    shutil.copystat(model, folder)

@@ -1,4 +1,4 @@
-"""What Linux offers savers beyond `os`: room taken at once, two folders exchanged, a claim that dies with its process.
+"""What Linux offers savers beyond `os`: room taken at once, and a claim that dies with its process.
 
 Elsewhere, and on file systems that refuse, each function says so or does the next best thing.
 """
@@ -12,9 +12,6 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
-
-_AT_FDCWD = -100
-_RENAME_EXCHANGE = 2
 
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOTTY})
 
@@ -35,19 +32,6 @@ def allocate(fd: int, nbytes: int) -> None:
             if code != errno.EINTR:
                 raise OSError(code, os.strerror(code))
     os.ftruncate(fd, nbytes)
-
-
-def exchange(one: Path, other: Path) -> bool:
-    """Let two folders trade places in one step, for every process and at any crash.
-
-    Returns:
-        Whether it was done; if not, nothing has changed.
-    """
-    rename = getattr(_libc(), "renameat2", None) if sys.platform == "linux" else None
-    if rename is None:
-        return False
-    done: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE))
-    return done == 0
 
 
 def sync(path: Path) -> None:
