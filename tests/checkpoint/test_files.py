@@ -2,6 +2,9 @@
 
 import json
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 
 import pytest
 import torch
@@ -9,7 +12,8 @@ from safetensors.torch import save_file
 
 from headers import entry
 from headers import write as write_header
-from kernelgraft.checkpoint.files import INDEX, Checkpoint, checkpoint_files
+from kernelgraft.checkpoint import files
+from kernelgraft.checkpoint.files import INDEX, Checkpoint, OpenFile, checkpoint_files
 from kernelgraft.checkpoint.reader import fill
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
@@ -225,6 +229,25 @@ def test_a_whole_tensor_is_a_view_of_the_mapped_file(tmp_path):
         ranges = [line.split()[0].split("-") for line in maps if line.rstrip().endswith(path.name)]
     for tensor in (a, b):
         assert any(int(low, 16) <= tensor.data_ptr() < int(high, 16) for low, high in ranges)
+
+
+def test_threads_that_come_at_once_share_one_mapping(tmp_path, monkeypatch):
+    file = OpenFile(write(tmp_path / "x.safetensors", w=torch.ones(5)))
+    both, made, real = threading.Barrier(2), [], files.Mapped
+
+    def mapped(*arguments):
+        with suppress(threading.BrokenBarrierError):
+            both.wait(0.2)  # for the other one, if it comes here too
+        made.append(real(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(files, "Mapped", mapped)
+    with ThreadPoolExecutor(2) as threads:
+        found = list(threads.map(lambda _: file.shared, range(2)))
+    assert found == made * 2
+    file.close()
+    with open("/proc/self/maps") as maps:
+        assert str(tmp_path) not in maps.read()
 
 
 def test_one_name_in_two_files_is_refused(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -47,6 +48,7 @@ class OpenFile:
             raise CheckpointError(f"{self.path} cannot be opened: {error}") from error
         self._storage: Any = None
         self._shared: Mapped | None = None
+        self._is_mapping = threading.Lock()
         try:
             self.check_unchanged()
         except BaseException:
@@ -91,9 +93,10 @@ class OpenFile:
     @property
     def shared(self) -> Mapped:
         """The file mapped for the driver, which may pin pages of it as long as nobody can write them."""
-        if self._shared is None:
-            self._shared = Mapped(self.index.size, self.fd)
-        return self._shared
+        with self._is_mapping:  # several threads come for it at once
+            if self._shared is None:
+                self._shared = Mapped(self.index.size, self.fd)
+            return self._shared
 
     def close(self) -> None:
         """Give the descriptor and our own mapping back; views that were handed out stay valid."""
