@@ -16,13 +16,13 @@ import torch
 from safetensors.torch import save_file
 
 from forked import forked
-from kernelgraft.checkpoint import device, reader, ring, streaming
+from kernelgraft.checkpoint import device, memory, reader, ring, sending, streaming
 from kernelgraft.checkpoint.device import ReadingLane, RegisteringLane, device_lanes
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.memory import PAGE
 from kernelgraft.checkpoint.ring import Ring, RingError
 from kernelgraft.checkpoint.streaming import StreamingLane
-from made_up_device import CPU, Stream, made_up_device
+from made_up_device import CPU, Driver, OnDevice, Stream, made_up_device
 from rings import needs_a_ring, open_rings, refusal
 
 NUMBERS = {"setup": ring._SETUP, "enter": ring._ENTER, "register": ring._REGISTER}
@@ -231,6 +231,17 @@ def make_small(monkeypatch):
         monkeypatch.setattr(module, name, nbytes)
 
 
+def by_threads(monkeypatch, registering, reading):
+    """So many of each, and no ring."""
+
+    def refuses(*_):
+        raise RingError("no")
+
+    monkeypatch.setattr(streaming, "ring_for_another", refuses)
+    monkeypatch.setattr(device, "REGISTERING", registering)
+    monkeypatch.setattr(device, "READING", reading)
+
+
 def test_either_way_tensors_are_filled(granted, weights, monkeypatch):
     make_small(monkeypatch)
     tensors, checkpoint = weights
@@ -272,9 +283,9 @@ def test_some_are_begun_before_the_others_are_known(granted, weights, monkeypatc
 
 def test_a_device_copies_by_itself_only_what_its_own_thread_has_registered(weights, monkeypatch):
     """Another thread, to which some of the same pages go, has them for a while, and takes them away."""
-    for name, number in {"CHUNK": 1 << 13, "REGISTERED": 1 << 15, "REGISTERING": 3, "READING": 0}.items():
+    for name, number in {"CHUNK": 1 << 13, "REGISTERED": 1 << 15}.items():
         monkeypatch.setattr(device, name, number)
-    monkeypatch.setattr(streaming, "ring_for_another", lambda _: (_ for _ in ()).throw(RingError("no")))
+    by_threads(monkeypatch, 3, 0)
     tensors, checkpoint = weights
     mine, strange, real_copy = threading.local(), [], torch.Tensor.copy_
     mapped = checkpoint.files[0].shared
@@ -305,6 +316,101 @@ def test_a_device_copies_by_itself_only_what_its_own_thread_has_registered(weigh
         )
         monkeypatch.undo()
     assert strange == []
+
+
+@pytest.mark.parametrize("way", ["registering", "reading", pytest.param("streaming", marks=needs_a_ring)])
+def test_pages_are_registered(way, weights, monkeypatch):
+    """A driver that refuses is gone round without a word."""
+    make_small(monkeypatch)
+    if way != "streaming":
+        by_threads(monkeypatch, 2 * (way == "registering"), int(way == "reading"))
+    monkeypatch.setattr(sending.pinned, "peak_bytes", 0)
+    read, real = [], ReadingLane.run
+    monkeypatch.setattr(ReadingLane, "run", lambda lane, task: (read.append(lane), real(lane, task)))
+    tensors, checkpoint = weights
+    with made_up_device(monkeypatch):
+        outs = fill(list(checkpoint.values()))
+        asked = torch.cuda.cudart().asked
+    assert all(torch.equal(out, tensors[name]) for name, out in zip(checkpoint, outs, strict=True))
+    if way == "registering":
+        mapped = checkpoint.files[0].shared
+        assert {flags for _, _, flags in asked} == {memory._REGISTER_READ_ONLY}
+        assert all(mapped.address <= low < low + size <= mapped.address + mapped.nbytes for low, size, _ in asked)
+        assert sum(size for _, size, _ in asked) > mapped.nbytes - 2 * PAGE * (len(asked) + 1)
+        assert sending.pinned.peak_bytes >= max(size for _, size, _ in asked) > device.CHUNK
+        assert read == []
+    else:
+        nbytes = [streaming.STREAMED] if way == "streaming" else [device.CHUNK] * 2
+        assert [(size, flags) for _, size, flags in asked] == [(each, 0) for each in nbytes]
+        assert sending.pinned.peak_bytes == sum(nbytes)
+        assert bool(read) == (way == "reading")
+
+
+def small_and_large(tmp_path):
+    tensors = {f"{i}": torch.randn(*shape) for i, shape in enumerate([(7, 3), (300, 100), (5, 9)] * 60)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    return tensors
+
+
+TWO = {
+    "ring, torch alone": (None, 0, 0, 0.0),
+    "ring, driver": (Driver(), 0, 0, 0.0),
+    "ring, driver that refuses some": (Driver(0.3), 0, 0, 0.0),
+    "registering": (None, 3, 0, 0.0),
+    "registering, often refused": (None, 2, 0, 0.5),
+    "reading": (None, 0, 3, 0.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("driver", "registering", "reading", "refuses"),
+    [pytest.param(*way, id=name, marks=needs_a_ring if name.startswith("ring") else ()) for name, way in TWO.items()],
+)
+def test_two_devices_are_filled_at_once(driver, registering, reading, refuses, tmp_path, monkeypatch):
+    """What goes to a device is enqueued on a stream of that device, and is not read over before it is there."""
+    make_small(monkeypatch)
+    if registering or reading:
+        by_threads(monkeypatch, registering, reading)
+    monkeypatch.setattr(reader, "goes_to_cuda", lambda _: True)
+    monkeypatch.setattr(reader, "current_streams", lambda devices: {each: Stream(each) for each in devices})
+    tensors = small_and_large(tmp_path)
+    devices = [torch.device("cpu", 0), torch.device("cpu", 1)]
+    owner, strange = {}, []
+
+    def made(lazy, on):
+        out = OnDevice.empty(lazy.shape, on)
+        owner[out.untyped_storage().data_ptr()] = on, out  # or another tensor might come to lie there
+        return lazy, out
+
+    def copied(storage, stream):
+        if storage in owner and owner[storage][0] != stream.device:
+            strange.append((storage, stream.device))
+
+    real_copy, real_driver = torch.Tensor.copy_, Driver.copy
+
+    def copy(self, source, **kwargs):
+        if torch.cuda.current_stream() is not None:  # not in the main thread
+            copied(self.untyped_storage().data_ptr(), torch.cuda.current_stream())
+        return real_copy(self, source, **kwargs)
+
+    def driver_copy(self, target, source, nbytes, stream):
+        copied(target, stream)
+        return real_driver(self, target, source, nbytes, stream)
+
+    def layouts(given):
+        whole = [given[name] for name in tensors]
+        return [*whole, torch.cat([given["1"], given["4"]], 1), given["7"].t(), torch.stack([given["0"], given["3"]])]
+
+    with Checkpoint([tmp_path / "model.safetensors"]) as checkpoint, made_up_device(monkeypatch, driver) as streams:
+        torch.cuda.cudart().refuses = refuses
+        monkeypatch.setattr(torch.Tensor, "copy_", copy)
+        monkeypatch.setattr(Driver, "copy", driver_copy)
+        for _ in range(3):
+            jobs = [made(lazy, devices[i % 2]) for i, lazy in enumerate(layouts(checkpoint))]
+            reader.fill(jobs)
+            assert all(torch.equal(out, wanted) for (_, out), wanted in zip(jobs, layouts(tensors), strict=True))
+    assert strange == []
+    assert {each.device for each in streams} == set(devices)
 
 
 def test_only_who_looks_for_it_is_told(granted, weights, monkeypatch, caplog):
