@@ -67,6 +67,22 @@ def test_layers_that_are_offloaded_to_the_cpu(qwen3_folder):
     assert graft_of(model).calls.reference == 0
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_load_over_two_gpus(dtype, qwen3_folder):
+    device_map = {**dict.fromkeys(WHERE, 0), "model.layers.1": 1}
+    model, plain = (each(qwen3_folder, device_map=device_map, dtype=dtype) for each in (load, plain_load))
+    found, expected = model.state_dict(), plain.state_dict()
+    assert list(found) == list(expected)
+    for name, tensor in expected.items():
+        assert found[name].device == tensor.device == torch.device("cuda", int(".layers.1." in name)), name
+        assert torch.equal(found[name], tensor), name
+    torch.testing.assert_close(logits(model), logits(plain))
+    assert graft_of(model).calls.kernel > graft_of(model).calls.reference == 0
+    graft_of(model).remove()
+    assert torch.equal(logits(model), logits(plain))
+
+
 def test_a_site_that_a_device_map_cuts_is_refused(qwen3_folder):
     rest = ("self_attn", "input_layernorm", "post_attention_layernorm")
     device_map = {

@@ -1,5 +1,10 @@
 """What only a GPU shows of writing: files from its memory. On a machine with CUDA these run as well."""
 
+import errno
+import os
+import signal
+import threading
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -95,3 +100,38 @@ def test_memory_of_the_gpu_is_bounded_by_the_buffers(tmp_path):
         writer.write(tmp_path / "ours", {"w": tensor, "t": tensor.t()})
     assert torch.cuda.max_memory_allocated() - before <= 8 << 20
     assert torch.cuda.memory_allocated() == before
+
+
+@pytest.mark.parametrize("how", ["error", "ctrl-c"])
+def test_an_error_or_ctrl_c_leaves_nothing_pinned(how, tmp_path, monkeypatch):
+    """In the middle of a file, of which some lies in pieces and is laid out on the device."""
+    each = laid_out(lazily(tensors("cuda")))
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    stopped, calls, held = threading.Event(), [], []
+    real_stop, real_write = FileWriter._stop, os.pwrite
+
+    def stop(writer, **options):
+        real_stop(writer, **options)
+        stopped.set()
+
+    def write(fd, data, offset):
+        calls.append(offset)
+        if len(calls) == 5:
+            held.append(staging.pinned.bytes)
+            if how == "error":
+                raise OSError(errno.ENOSPC, "No space left on device")
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            assert stopped.wait(60)
+        return real_write(fd, data, offset)
+
+    monkeypatch.setattr(FileWriter, "_stop", stop)
+    monkeypatch.setattr(os, "pwrite", write)
+    error = pytest.raises(OSError, match="No space left") if how == "error" else pytest.raises(KeyboardInterrupt)
+    with error, FileWriter(threads=2, chunk=PAGE) as writer:
+        writer.write(tmp_path / "ours", each)
+    assert held[0] >= PAGE  # it was there to be given back
+    assert len(calls) < (tmp_path / "ours").stat().st_size // PAGE
+    assert staging.pinned.bytes == 0
+    assert torch.cuda.memory_allocated() == before
+    assert_nothing_left(tmp_path)
