@@ -14,6 +14,12 @@ def open_files(folder):
     return [path for path in found if path.startswith(f"{folder}{os.sep}")]
 
 
+def mappings(folder):
+    """The lines of this process's memory map that are files in a folder."""
+    with open("/proc/self/maps") as lines:
+        return [line for line in lines if str(folder) in line]
+
+
 def our_threads():
     """Threads that we started."""
     return [thread for thread in threading.enumerate() if thread.name.startswith("kernelgraft")]

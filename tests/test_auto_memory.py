@@ -14,6 +14,7 @@ import tiny
 from allocations import Allocations, in_file
 from kernelgraft import KernelConfig
 from kernelgraft.errors import CheckpointError, PlanError
+from leftovers import mappings
 from test_models import use
 
 pytestmark = pytest.mark.transformers
@@ -24,12 +25,6 @@ TRANSPOSED = KernelConfig({"Experts": use("experts.py:TransposedExperts")}, inhe
 
 def load(folder, config, cls=transformers.AutoModelForCausalLM, **kwargs):
     return kernelgraft.from_pretrained(cls, folder, kernel_config=config, **kwargs)
-
-
-def mappings(folder):
-    """The lines of this process's memory map that are files in `folder`."""
-    with open("/proc/self/maps") as lines:
-        return [line for line in lines if str(folder) in line]
 
 
 @pytest.mark.parametrize("shards", ["1GB", "20KB"])

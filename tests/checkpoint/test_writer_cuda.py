@@ -2,13 +2,13 @@
 
 import errno
 import os
-import signal
 import threading
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from interrupting import interrupt_main_thread
 from kernelgraft.checkpoint import staging
 from kernelgraft.checkpoint.memory import RegistrationError
 from kernelgraft.checkpoint.writer import FileWriter
@@ -121,7 +121,7 @@ def test_an_error_or_ctrl_c_leaves_nothing_pinned(how, tmp_path, monkeypatch):
             held.append(staging.pinned.bytes)
             if how == "error":
                 raise OSError(errno.ENOSPC, "No space left on device")
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            interrupt_main_thread()
             assert stopped.wait(60)
         return real_write(fd, data, offset)
 

@@ -205,13 +205,15 @@ def _jobs(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> list[Job]:
 
 def _fill(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Write values into tensors, from the files those that are lazy."""
-    read(_jobs(pairs))
-    with torch.no_grad():
-        for value, out in pairs:
-            if not isinstance(value, LazyTensor):
-                out.copy_(value)
-    # Bytes that came from a file did not pass by autograd, which must notice.
-    torch.autograd.graph.increment_version([out for _, out in pairs])
+    try:
+        read(_jobs(pairs))
+        with torch.no_grad():
+            for value, out in pairs:
+                if not isinstance(value, LazyTensor):
+                    out.copy_(value)
+    finally:
+        # Bytes that came from a file did not pass by autograd, which must notice, be it only some of them.
+        torch.autograd.graph.increment_version([out for _, out in pairs])
 
 
 def _as_in(target: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
