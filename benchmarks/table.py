@@ -176,13 +176,13 @@ def render(all_rows: Sequence[Row], group: str) -> str:
     rows = Rows(all_rows)
     head = ["case", "n", "median s", "least", "most", "GB/s", "anon GB", "pinned", "resident", "machine", "GPU over"]
     lines = [_measured(case, found) for case, found in rows.good.items()]
-    parts = [_aligned([head, *lines])]
+    parts = [aligned([head, *lines])]
     failed = {row["case"]: row["error"] for row in rows.all if "error" in row}
     parts += ["\n".join(f"{case}: {error}" for case, error in failed.items())] if failed else []
     parts += [_sweep(row) for row in rows.good.get("sweep", [])]
     verdicts = {True: "ok", False: "MISSED", None: "not measured"}
     judged = [[each.work, each.reached, each.target, verdicts[each.holds]] for each in judge(rows, group)]
-    parts.append(_aligned([["work", "reached", "target", ""], *judged]))
+    parts.append(aligned([["work", "reached", "target", ""], *judged]))
     if any(row["small"] for row in rows.all):
         parts.append("Small models: the numbers say nothing.")
     return "\n\n".join(parts)
@@ -214,10 +214,11 @@ def _measured(case: str, found: Sequence[Row]) -> list[str]:
 
 def _sweep(row: Row) -> str:
     settings = [[str(each) for each in setting] for setting in row["sweep"][:20]]
-    return _aligned([["threads", "chunk MB", "depth", "populate", "seconds"], *settings])
+    return aligned([["threads", "chunk MB", "depth", "populate", "seconds"], *settings])
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> str:
+def aligned(lines: Sequence[Sequence[str]]) -> str:
+    """Lines of cells, each column as wide as its widest."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines

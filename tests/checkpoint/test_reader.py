@@ -248,6 +248,20 @@ def test_the_rehearsal_reads_everything_and_writes_nothing(experts, calls):
     assert all(out.isnan().all() for _, out in jobs)
 
 
+def test_what_is_laid_out_anew_is_read_in_smaller_pieces(experts, calls, monkeypatch):
+    """And so is what is only read to be forgotten."""
+    monkeypatch.setattr(reader, "STAGED", 64)
+    _, checkpoint = experts
+    lazy = next(iter(checkpoint.values()))
+    for how, most in ((lambda job: fill([job]), lazy.nbytes), (lambda job: check_readable([job]), 64)):
+        calls.clear()
+        how((lazy, torch.empty(lazy.shape)))
+        assert max(got for _, got in calls) == most
+    calls.clear()
+    fill([(lazy, torch.empty(lazy.shape, dtype=torch.float64)), (lazy.t(), torch.empty(lazy.t().shape))])
+    assert max(got for _, got in calls) <= 64
+
+
 def test_threads_wait_for_reads_and_carry_them_out(experts):
     tensors, checkpoint = experts
     made = []

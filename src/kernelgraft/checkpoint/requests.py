@@ -19,10 +19,17 @@ from kernelgraft.conversion.moves import Dim, Move
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
-# Runs shorter than this are copied into place from a staging buffer: one call for each would cost more.
-_SHORTEST_RUN = 2048
+# Runs shorter than this are copied into place from a staging buffer: one read for each would cost more. Milliseconds of
+# filling 67 MB whose runs lie apart in the tensor, straight and staged, and half as many whose runs lie apart in the
+# file, by KB of a run (the machine of `reader.py`): 2 160, 13 and 142, 6; 8 49, 14 and 46, 19; 16 27, 12 and 31, 13; 32
+# 16, 10 and 17, 9; 64 11, 9 and 10, 8; 128 9, 9 and 9, 8. Not 64, since for a GPU a staged read goes by torch, for
+# which the thread that streams gives the interpreter up; there nothing was measured.
+_SHORTEST_RUN = 32 << 10
 
-# Gaps up to a page are read along: the disk and the page cache have them anyway.
+# Gaps of less than a page are read along: the disk and the page cache have them anyway. Out of the page cache wider
+# ones too are read faster than passed over (ms of casting runs of 8 KB out of 67 MB, each run alone and gaps read
+# along, by KB of the gap: 1 52, 15; 4 36, 12; 8 29, 11; 16 16, 8; 32 10, 6; 64 7, 6). But they are others' parts of
+# sharded parameters: each process would read all of a file.
 _SMALL_GAP = 4096
 
 
@@ -108,14 +115,16 @@ class Staged:
 Read = Straight | Staged
 
 
-def reads_of(lazy: LazyTensor, out: torch.Tensor, most: int) -> Iterator[Read]:
+def reads_of(lazy: LazyTensor, out: torch.Tensor, most: int, most_staged: int | None = None) -> Iterator[Read]:
     """The reads that fill `out`, a tensor of any strides, from the checkpoint files that `lazy` is made of.
 
     Args:
         lazy: The lazy tensor; sources that are no tensors of files are passed over.
         out: A tensor of its shape.
         most: How many bytes one read may have.
+        most_staged: How many if it goes by a staging buffer; by default as many.
     """
+    most_staged = min(most, most_staged or most)
     # What is the same for all moves is asked once: experts in tensors of their own are thousands.
     is_contiguous, first, wanted = out.is_contiguous(), int(out.storage_offset()), out.dtype
     roundings: dict[torch.dtype, torch.dtype | None] = {}
@@ -130,12 +139,12 @@ def reads_of(lazy: LazyTensor, out: torch.Tensor, most: int) -> Iterator[Read]:
         for part in (move,) if is_contiguous else fitted(move, out):
             into = first + part.into
             if dtype != wanted or rounded is not None:
-                yield from _laid_out(source, part, out, into, rounded, most)
+                yield from _laid_out(source, part, out, into, rounded, most_staged)
             elif (run := _one_run(part)) is not None:
                 itemsize = dtype.itemsize
                 yield from _straight(source, out, part.of * itemsize, into * itemsize, run * itemsize, most)
             else:
-                yield from _as_they_are(source, part, out, into, most)
+                yield from _as_they_are(source, part, out, into, most, most_staged)
 
 
 def _one_run(move: Move) -> int | None:
@@ -146,12 +155,14 @@ def _one_run(move: Move) -> int | None:
     return size if into == of == 1 == len(move.dims) else None
 
 
-def _as_they_are(source: FileTensor, move: Move, out: torch.Tensor, into: int, most: int) -> Iterator[Read]:
+def _as_they_are(
+    source: FileTensor, move: Move, out: torch.Tensor, into: int, most: int, most_staged: int
+) -> Iterator[Read]:
     """A move of bits, by its runs where they are long enough."""
     itemsize = source.dtype.itemsize
     run, outer = _common_run(_in_file_order(move))
     if outer and run * itemsize < _SHORTEST_RUN:
-        yield from _laid_out(source, move, out, into, None, most)
+        yield from _laid_out(source, move, out, into, None, most_staged)
         return
     for of, at in _starts(outer, move.of, into):
         yield from _straight(source, out, of * itemsize, at * itemsize, run * itemsize, most)
