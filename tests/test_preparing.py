@@ -1,7 +1,6 @@
 """Kernels get ready on a thread while weights are read: each kind once, for a GPU alone, and nothing depends on it."""
 
 import logging
-import signal
 import sys
 import threading
 
@@ -12,6 +11,7 @@ from torch import nn
 import kernelgraft
 import tiny
 import toys
+from interrupting import interrupt_main_thread
 from kernelgraft import Kernel, KernelConfig, preparing
 from leftovers import assert_nothing_left, our_threads
 
@@ -204,7 +204,7 @@ def test_ctrl_c_while_it_is_waited_for_lets_it_end(monkeypatch, on_gpus, is_over
 
     def interrupt(layout, _):
         found.append(layout.scale.dtype)
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        interrupt_main_thread()
         assert is_over()
 
     monkeypatch.setattr(ScaledNormLayout, "asked", staticmethod(interrupt))

@@ -3,7 +3,6 @@
 import errno
 import os
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -14,9 +13,11 @@ import torch
 from safetensors.torch import save_file
 
 from headers import entry, write
+from interrupting import interrupt_main_thread
 from kernelgraft.checkpoint import positioned, reader
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.reader import check_readable, fill
+from kernelgraft.checkpoint.waiting import Waiting
 from kernelgraft.conversion.lazy import LazyTensor, TensorSource
 from kernelgraft.errors import CheckpointError
 
@@ -225,7 +226,7 @@ def test_ctrl_c_ends_every_thread(experts, monkeypatch):
 
     def interrupt(nbytes):
         if not seen:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            interrupt_main_thread()
         seen.append(nbytes)
 
     def slow(fd, buffers, offset):
@@ -238,6 +239,28 @@ def test_ctrl_c_ends_every_thread(experts, monkeypatch):
         fill(empty(stacked(checkpoint).values()), threads=2, on_progress=interrupt)
     assert not threads_of_ours()
     assert 0 < sum(seen) < 3 * E * H * INNER * 4
+
+
+def test_ctrl_c_twice_ends_every_thread_too(experts, monkeypatch):
+    _, checkpoint = experts
+    told, calls, stop = threading.Event(), [], Waiting.stop
+    monkeypatch.setattr(reader, "CHUNK", 100)
+    monkeypatch.setattr(Waiting, "stop", lambda waiting: (stop(waiting), told.set()))
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            interrupt_main_thread()
+            assert told.wait(60)
+            interrupt_main_thread()
+            time.sleep(0.05)  # who does not wait goes on meanwhile
+        return os.preadv(*args)
+
+    monkeypatch.setattr(positioned, "preadv", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fill(empty(stacked(checkpoint).values()), threads=1)
+    assert not threads_of_ours()
+    assert len(calls) == 3
 
 
 def test_the_rehearsal_reads_everything_and_writes_nothing(experts, calls):

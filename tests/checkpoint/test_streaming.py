@@ -5,9 +5,7 @@
 
 import errno
 import os
-import signal
 import sys
-import threading
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -17,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 import relaid
+from interrupting import interrupt_main_thread
 from kernelgraft import pausing
 from kernelgraft.checkpoint import device, reader, streaming
 from kernelgraft.checkpoint.files import Checkpoint
@@ -171,7 +170,7 @@ def test_ctrl_c_ends_it(streams, weights, monkeypatch):
 
     def interrupt(nbytes):
         if not seen:
-            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+            interrupt_main_thread()
         seen.append(nbytes)
 
     def slow(pieces, task):

@@ -234,12 +234,22 @@ class Reading:
         self._wait()
 
     def _wait(self) -> None:
-        for thread, ended in self._pool:
-            if thread.ident is not None:
-                # Not by `join` alone: interrupted by Ctrl-C, it may take a thread for ended that still runs.
+        """Wait until the threads have ended. Ctrl-C, however often it comes, ends them sooner, and is raised then."""
+        interrupt: KeyboardInterrupt | None = None
+        left = [each for each in self._pool if each[0].ident is not None]
+        while left:
+            thread, ended = left[-1]
+            try:
+                # Not by `join` alone: interrupted, it may take a thread for ended that still runs.
                 ended.wait()
                 thread.join()
+                left.pop()
+            except KeyboardInterrupt as error:
+                interrupt = error
+                self._waiting.stop()
         self.begun = {}
+        if interrupt is not None:
+            raise interrupt
 
     def _work(self, make_lane: Callable[[], Lane], ended: threading.Event) -> None:
         lane = None
