@@ -1,1 +1,1 @@
-from drawn import few_are_four, in_triton, launched  # noqa: F401
+from drawn import few_are_four, in_triton, launched, rounded  # noqa: F401

@@ -1,5 +1,6 @@
 """Shapes, tensors and tolerances that the tests of the kernels draw from."""
 
+import importlib.util
 import shutil
 
 import pytest
@@ -8,9 +9,6 @@ from hypothesis import HealthCheck, settings
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-ROUNDED = (torch.float32, torch.bfloat16, torch.float16) if DEVICE == "cuda" else (torch.float32, torch.float16)
-"""Those to which every number is rounded as torch does; Triton's interpreter cuts bfloat16 off."""
-
 few = settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True)
 """For rules that each take a run of the interpreter."""
 
@@ -53,6 +51,25 @@ def in_triton(monkeypatch):
     from kernelgraft.kernels import device
 
     monkeypatch.setattr(device, "in_triton", lambda x: True)
+
+
+@pytest.fixture(autouse=True)
+def rounded(monkeypatch):
+    """Triton's interpreter rounds to bfloat16 as a GPU does; by itself it cuts off."""
+    if DEVICE == "cuda" or importlib.util.find_spec("triton") is None:
+        return
+    from triton import language as tl
+    from triton.runtime import interpreter
+
+    convert = interpreter._convert_float
+
+    def convert_rounded(data, source, target, mode):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, mode)
+        bits = torch.tensor(data.view("float32")).bfloat16().view(torch.int16)
+        return bits.numpy().view("uint16")
+
+    monkeypatch.setattr(interpreter, "_convert_float", convert_rounded)
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from drawn import DEVICE, DTYPES, ROUNDED, close, few, tensor
+from drawn import DEVICE, DTYPES, close, few, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -35,7 +35,7 @@ def test_any_leading_shape_forward_and_backward(act, dtype, shape):
 
 
 @pytest.mark.usefixtures("in_triton")
-@pytest.mark.parametrize("dtype", ROUNDED[1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("act", op.ACTIVATIONS)
 def test_rounded_where_the_reference_rounds(act, dtype):
     gate_up = tensor(20, 200, dtype=dtype)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from drawn import DEVICE, DTYPES, ROUNDED, close, few, tensor
+from drawn import DEVICE, DTYPES, close, few, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -124,7 +124,7 @@ def test_in_float64_it_is_what_torch_gives():
 
 
 @pytest.mark.usefixtures("in_triton")
-@pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("divides", [False, True])
 def test_rounded_where_the_reference_rounds(dtype, rounds, divides):

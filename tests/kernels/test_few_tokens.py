@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from drawn import DTYPES, ROUNDED, close, few, tensor
+from drawn import DTYPES, close, few, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -144,7 +144,7 @@ def test_weights_that_have_just_been_written(columns):
 
 
 @pytest.mark.usefixtures("in_triton")
-@pytest.mark.parametrize("dtype", ROUNDED[1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("tokens", [1, 3])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_a_norm_is_rounded_before_the_product(tokens, offset, dtype):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from drawn import DTYPES, ROUNDED, close, few, tensor
+from drawn import DTYPES, close, few, tensor
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -96,7 +96,7 @@ def test_more_rows_and_columns_than_a_program_has_at_once(multiprocessors, rows,
 
 
 @pytest.mark.parametrize("rows", [12, 13])
-@pytest.mark.parametrize("dtype", ROUNDED[1:], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_the_gradient_of_the_weight_takes_what_was_rounded(multiprocessors, dtype, rows):
     multiprocessors(12)
     grad_y, _, x, weight, rstd = inputs(rows, 96, dtype, False)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from drawn import DEVICE, DTYPES, ROUNDED, close, few, tensor
+from drawn import DEVICE, DTYPES, close, few, tensor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -78,7 +78,7 @@ def test_gradients(kind, dtype, shape, one_batch):
 
 @pytest.mark.usefixtures("in_triton")
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", ROUNDED, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rounded_where_the_reference_rounds(kind, dtype):
     tensors, numbers = given_for(kind, (2, 9, (4, 2), 64), dtype)
     for found, wanted in zip(op.rotate(**tensors, **numbers), op.reference(**tensors, **numbers), strict=True):
