@@ -119,8 +119,12 @@ def product(
 
 
 def plus(y: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-    """The sum; where no gradient is recorded, in the memory of `y`, which nobody else may hold."""
-    if y.requires_grad or residual.requires_grad or y.dtype != residual.dtype:
+    """The sum; where no gradient is recorded, in the memory of `y`, which nobody else may hold.
+
+    A compiler decides about memory itself, and in torch 2.11 gives zeros for the gradients of an `autograd.Function`
+    that changes what it returns.
+    """
+    if y.requires_grad or residual.requires_grad or y.dtype != residual.dtype or torch.compiler.is_compiling():
         return residual + y
     return y.add_(residual)
 
