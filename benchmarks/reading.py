@@ -1,11 +1,12 @@
-"""The constants of reading into host memory, each beside others: seconds of a fill, page cache warm.
+"""The constants of reading, each beside others: seconds of a fill, page cache warm.
 
     PYTHONPATH=src python benchmarks/reading.py
+    PYTHONPATH=src python benchmarks/reading.py --device cuda --only '_S*'    # what holds for reading to a GPU too
 
 The variants of a work are the same fill with another number in the constant's place; what it is now is marked. They
-take turns in one process, and each fills memory that nothing has touched, as a load does. Before anything is timed,
-what each variant fills is compared with what was written into the file. Raw rows go to `benchmarks/results/`, and
-docstrings and comments of the constants quote them.
+take turns in one process, and each fills memory that nothing has touched, as a load does, or memory of a GPU. Before
+anything is timed, what each variant fills is compared with what was written into the file. Raw rows go to
+`benchmarks/results/`, and docstrings and comments of the constants quote them.
 """
 
 import argparse
@@ -36,7 +37,6 @@ from kernelgraft.checkpoint.memory import fresh
 MB = 1 << 20
 ALWAYS = 1 << 62
 DTYPE = torch.bfloat16
-CPU = torch.device("cpu")
 
 Tensors = Mapping[str, torch.Tensor]
 Ways = Mapping[str, Mapping[str, Any]]
@@ -166,14 +166,14 @@ class Bench:
             lazies = work.made(checkpoint)
             wanted = [each.to(work.dtype) for each in work.made(given)]
             for name, way in work.ways.items():
-                _, outs = timed(lazies, work.dtype, way)
-                if not all(torch.equal(out, each) for out, each in zip(outs, wanted, strict=True)):
+                _, outs = timed(lazies, work.dtype, way, self.asked.device)
+                if not all(torch.equal(out.cpu(), each) for out, each in zip(outs, wanted, strict=True)):
                     sys.exit(f"{work.name}, {name}: what was filled differs from the file.")
             del given, wanted, outs
             times: dict[str, list[float]] = {name: [] for name in work.ways}
             for _ in range(self.asked.repeats):
                 for name, way in work.ways.items():
-                    times[name].append(timed(lazies, work.dtype, way)[0])
+                    times[name].append(timed(lazies, work.dtype, way, self.asked.device)[0])
             nbytes = sum(each.numel() * DTYPE.itemsize for each in lazies)
         return [self._kept(work, name, times[name], nbytes) for name in work.ways]
 
@@ -188,6 +188,7 @@ class Bench:
             "median_s": median,
             "seconds": seconds,
             "bytes": nbytes,
+            "device": self.asked.device.type,
             "small": self.asked.small,
             "run": self.run,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -201,13 +202,13 @@ class Bench:
 
 
 def timed(
-    lazies: Sequence[torch.Tensor], dtype: torch.dtype, way: Mapping[str, Any]
+    lazies: Sequence[torch.Tensor], dtype: torch.dtype, way: Mapping[str, Any], device: torch.device
 ) -> tuple[float, list[torch.Tensor]]:
     """The seconds of one fill, and what was filled."""
     threads = way.get("threads")
     with constants({place: value for place, value in way.items() if "." in place}):
         start = time.perf_counter()
-        outs = [fresh(each.shape, dtype, CPU) for each in lazies]
+        outs = [fresh(each.shape, dtype, device) for each in lazies]
         reader.fill(list(zip(lazies, outs, strict=True)), threads=threads)  # type: ignore[arg-type]
         return time.perf_counter() - start, outs
 
@@ -260,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=9, help="timed fills of each variant, in turn (default: 9)")
     parser.add_argument("--folder", type=Path, help="where files are written for the time of a work")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results", help="where the rows go")
+    parser.add_argument("--device", type=torch.device, default="cpu", help="what is filled is there (default: cpu)")
     parser.add_argument("--small", action="store_true", help="tiny sizes: a trial of the program")
     asked = parser.parse_args(arguments)
     chosen = [work for work in works(asked.small) if fnmatch.fnmatchcase(work.name, asked.only)]
