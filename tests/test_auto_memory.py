@@ -2,6 +2,8 @@
 
 import gc
 import os
+import shutil
+import sys
 import threading
 
 import pytest
@@ -155,3 +157,52 @@ def test_a_load_leaves_no_file_and_no_thread_open(tmp_path):
     del model
     gc.collect()
     assert mappings(tmp_path) == []
+
+
+# --- the garbage collector
+
+
+@pytest.fixture
+def collections():
+    """Notes each walk of Python's garbage collector inside Transformers' loading; there is one for each 100 objects."""
+    seen = []
+
+    def note(phase, info):
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_name == "from_pretrained" and frame.f_code.co_filename.endswith("modeling_utils.py"):
+                seen.append(info["generation"])
+                return
+            frame = frame.f_back
+
+    before = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(100, 1, 1)
+    yield seen
+    gc.set_threshold(*before)
+    gc.callbacks.remove(note)
+
+
+@pytest.mark.parametrize("config", [None, GUIDE], ids=["without kernels", "with"])
+def test_no_garbage_is_looked_for_while_a_checkpoint_is_read(config, qwen3_folder, collections):
+    kernelgraft.AutoModelForCausalLM.from_pretrained(qwen3_folder, kernel_config=config)
+    assert collections == []
+    assert gc.isenabled()
+
+
+def test_it_is_where_transformers_fills_the_model(tmp_path, collections):
+    model = tiny.model("qwen3")
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    kernelgraft.AutoModelForCausalLM.from_pretrained(tmp_path, kernel_config=GUIDE)
+    assert collections
+    assert gc.isenabled()
+
+
+def test_it_goes_on_after_a_load_that_failed(tmp_path, qwen3_folder):
+    shutil.copytree(qwen3_folder, tmp_path / "cut")
+    file = tmp_path / "cut" / "model.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(CheckpointError):
+        kernelgraft.AutoModelForCausalLM.from_pretrained(tmp_path / "cut", kernel_config=GUIDE)
+    assert gc.isenabled()

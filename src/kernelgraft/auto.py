@@ -57,6 +57,8 @@ class _Load:
     record: recorded_config.Recorded | None = None
     ready: Reading | None = None
     stack: ExitStack = field(default_factory=ExitStack)
+    collector: ExitStack = field(default_factory=ExitStack)
+    """Closed where the garbage collector may run again."""
 
     def make_ready(self) -> None:
         """Let the threads that will read to a GPU start, while the rest of the load is found out."""
@@ -153,6 +155,7 @@ def from_pretrained(
             load.inherited, load.rejected = compat.default_table()
     loading: Any = _auto_class(cls, load) if hasattr(cls, "_model_mapping") else _loading_class(cls, load)
     with load.stack:
+        load.stack.enter_context(load.collector).enter_context(collector_paused())
         found = loading.from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         _finish(load, found[0] if isinstance(found, tuple) else found)
     return found
@@ -169,6 +172,7 @@ def _finish(load: _Load, model: nn.Module) -> None:
     else:
         model.__class__ = root_class(type(model))
     if load.verify:
+        load.collector.close()
         from kernelgraft.verify import verify_or_remove
 
         verify_or_remove(load.graft)
@@ -230,7 +234,6 @@ def _loading_class(cls: Any, load: _Load) -> Any:
         load.original = cls
         load.make_ready()
         with ExitStack() as stack:
-            stack.enter_context(collector_paused())
             stack.enter_context(WithoutDrawing())
             if load.config is not None and (load.config.entries or load.inherited):
                 load.recording = stack.enter_context(recorded())
@@ -243,10 +246,10 @@ def _loading_class(cls: Any, load: _Load) -> Any:
         if state_dict is None and _is_ours(checkpoint_files, load_config):
             model.__class__ = cls
             load.is_lazy = True
-            with collector_paused():
-                checkpoint = load.stack.enter_context(Checkpoint(checkpoint_files, shards))
-                before = partial(load.plan_skeleton, model, load_config)
-                return load_lazily(model, checkpoint, load_config, expected_keys, before)
+            checkpoint = load.stack.enter_context(Checkpoint(checkpoint_files, shards))
+            before = partial(load.plan_skeleton, model, load_config)
+            return load_lazily(model, checkpoint, load_config, expected_keys, before)
+        load.collector.close()
         return cls._load_pretrained_model(model, state_dict, checkpoint_files, load_config, expected_keys)
 
     def _finalize_model_loading(model: Any, load_config: Any, loading_info: Any) -> Any:

@@ -22,9 +22,9 @@ _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: tor
 # Runs shorter than this are copied into place from a staging buffer: one read for each would cost more. Milliseconds of
 # filling 67 MB whose runs lie apart in the tensor, straight and staged, and half as many whose runs lie apart in the
 # file, by KB of a run (the machine of `reader.py`): 2 160, 13 and 142, 6; 8 49, 14 and 46, 19; 16 27, 12 and 31, 13; 32
-# 16, 10 and 17, 9; 64 11, 9 and 10, 8; 128 9, 9 and 9, 8. Not 64, since for a GPU a staged read goes by torch, for
-# which the thread that streams gives the interpreter up; there nothing was measured.
-_SHORTEST_RUN = 32 << 10
+# 16, 10 and 17, 9; 64 11, 9 and 10, 8; 128 9, 9 and 9, 8. To a GPU, where a staged read goes by torch: 8 138, 34 and
+# 113, 76; 32 60, 34 and 52, 45 (H200, 16 cores, torch 2.11, medians of 5); longer ones were not measured there.
+_SHORTEST_RUN = 64 << 10
 
 # Gaps of less than a page are read along: the disk and the page cache have them anyway. Out of the page cache wider
 # ones too are read faster than passed over (ms of casting runs of 8 KB out of 67 MB, each run alone and gaps read
