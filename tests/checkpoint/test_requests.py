@@ -89,7 +89,7 @@ def test_a_merge_goes_straight_to_its_place(weights):
     ]
 
 
-@pytest.mark.parametrize(("columns", "kinds"), [(8192, [Straight] * 8), (8191, [Staged] * 2)])
+@pytest.mark.parametrize(("columns", "kinds"), [(16384, [Straight] * 8), (16383, [Staged] * 2)])
 def test_a_stack_in_rows_goes_straight_too_where_rows_are_long(columns, kinds, tmp_path):
     with Checkpoint([_saved(tmp_path, {name: torch.randn(4, columns) for name in "ab"})]) as checkpoint:
         found = reads(torch.stack([checkpoint["a"], checkpoint["b"]], 1))

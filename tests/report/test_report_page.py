@@ -244,7 +244,7 @@ def test_nothing_is_said_of_what_was_not_looked_at(graft):
 def test_the_environment_is_that_of_this_process_unless_given(graft, page):
     rows = [[cell.text for cell in row.children] for row in section(page, "environment").all("tr")]
     assert rows == [["torch", "2.0"], ["devices", "a <card>, b"], ["triton", "none"]]
-    assert torch.__version__ in section(report.page(graft.plan, graft.model), "environment").text
+    assert torch.__version__.partition("+")[0] in section(report.page(graft.plan, graft.model), "environment").text
 
 
 def test_the_file_needs_nothing_else(page):

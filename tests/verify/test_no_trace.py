@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import toys
+from twins import storages
 
 
 def held(model):
@@ -133,23 +134,16 @@ def test_memory_does_not_grow_with_the_number_of_sites(monkeypatch):
     assert len(forwards) == 3
 
 
-def storages():
-    """Address and size of all memory that a tensor which Python knows of has."""
-    known = [each for each in gc.get_objects() if type(each) in (torch.Tensor, nn.Parameter)]
-    tensors = [each for each in known if each.layout == torch.strided and not each.is_meta]
-    return {(each.untyped_storage().data_ptr(), each.untyped_storage().nbytes()) for each in tensors}
-
-
 def test_what_was_tried_is_freed_at_once():
     """Not when the collector comes: the copies of one layer of a large model are gigabytes."""
     graft = grafted()
     graft.verify(subject.inputs())
     gc.collect()
-    before = storages()
+    before = storages().items()
     gc.disable()
     try:
         graft.verify(subject.inputs())
-        after = storages()
+        after = storages().items()
     finally:
         gc.enable()
     assert after - before == set()
