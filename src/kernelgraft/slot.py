@@ -350,7 +350,8 @@ def _original_state(
             # The same memory under a storage of its own: savers that look at storages take parts that share one for
             # tied weights and drop all but one of them. A part with others' elements between its own has no storage
             # that holds it alone, and savers refuse it or write the others too: it is given as a copy.
-            with torch.cuda.device_of(tensor):  # a tensor is handed over on its own device alone
+            # A tensor is handed over on its own device alone.
+            with torch.cuda.device_of(tensor):  # type: ignore[no-untyped-call]
                 own = from_dlpack(tensor)
             fills = own.untyped_storage().nbytes() == own.numel() * own.element_size()
             out[key] = own if fills else own.contiguous()
