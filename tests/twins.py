@@ -85,16 +85,16 @@ def identities(model):
 
 def storages():
     """Address and bytes of all memory that a tensor of this process has; what a compiler keeps of tensors has none."""
-    found = {}
+    found = set()
     for tensor in gc.get_objects():
         if type(tensor) in (torch.Tensor, nn.Parameter) and not tensor.is_meta and tensor.layout == torch.strided:
             storage = tensor.untyped_storage()
             with suppress(RuntimeError):  # in torch 2.11: "an invalid python storage"
-                found[storage.data_ptr()] = storage.nbytes()
+                found.add((storage.data_ptr(), storage.nbytes()))
     return found
 
 
 def live_bytes():
     """Bytes of all storages that any tensor of this process holds."""
     gc.collect()
-    return sum(storages().values())
+    return sum(dict(sorted(storages())).values())  # of several at one address the largest

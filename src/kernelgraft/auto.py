@@ -233,8 +233,7 @@ def _loading_class(cls: Any, load: _Load) -> Any:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         load.original = cls
         load.make_ready()
-        with ExitStack() as stack:
-            stack.enter_context(WithoutDrawing())
+        with WithoutDrawing(), ExitStack() as stack:
             if load.config is not None and (load.config.entries or load.inherited):
                 load.recording = stack.enter_context(recorded())
             cls.__init__(self, *args, **kwargs)

@@ -139,11 +139,11 @@ def test_what_was_tried_is_freed_at_once():
     graft = grafted()
     graft.verify(subject.inputs())
     gc.collect()
-    before = storages().items()
+    before = storages()
     gc.disable()
     try:
         graft.verify(subject.inputs())
-        after = storages().items()
+        after = storages()
     finally:
         gc.enable()
     assert after - before == set()
