@@ -1,14 +1,12 @@
 """Threads start, and read what is sure to be wanted, while the rest of a load is found out; here there is no GPU."""
 
-import re
-
 import pytest
 import torch
 import transformers
 
 import kernelgraft
 import tiny
-from kernelgraft import KernelConfig, auto
+from kernelgraft import KernelConfig, ahead, auto
 from kernelgraft.checkpoint import fill, reader
 from kernelgraft.checkpoint.files import Checkpoint
 from kernelgraft.checkpoint.reader import CpuLane, Reading
@@ -87,7 +85,7 @@ def begun(to_a_gpu, monkeypatch):
         fill.begin(lazies, ready)
         found[:] = sorted(source.name for lazy, _ in ready.begun.values() for source in lazy.sources)
 
-    monkeypatch.setattr(auto, "begin", begin)
+    monkeypatch.setattr(ahead, "begin", begin)
     for module in (fill, reader):
         monkeypatch.setattr(module, "goes_to_cuda", lambda _: True)
     monkeypatch.setattr(reader, "current_streams", dict.fromkeys)
@@ -111,13 +109,46 @@ def test_without_kernels_all_are_begun(qwen3_folder, started, begun):
     assert_nothing_left(qwen3_folder)
 
 
-def test_with_kernels_all_are_begun_but_what_is_laid_out_anew(qwen3_folder, started, begun):
+def test_with_kernels_all_are_begun_too(qwen3_folder, started, begun):
     model = load(qwen3_folder, kernel_config=FUSED, device_map="cpu")
     assert len(kernelgraft.graft_of(model).plan.sites) == 2
-    assert begun == sorted(name for name in model.state_dict() if not re.search(r"gate_proj|up_proj", name))
+    assert begun == sorted(model.state_dict())
     assert [each.begun for each in started] == [{}]  # else they would outlive the model
     same_as_transformers(model, qwen3_folder)
     assert_nothing_left(qwen3_folder)
+
+
+def test_what_is_laid_out_anew_is_begun_before_the_graft_is_put_in(qwen3_folder, started, begun, monkeypatch):
+    seen = []
+    real = auto.apply_blueprint
+
+    def apply_blueprint(*args, **kwargs):
+        seen.extend(begun)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(auto, "apply_blueprint", apply_blueprint)
+    model = load(qwen3_folder, kernel_config=FUSED, device_map="cpu")
+    assert seen == sorted(model.state_dict())
+
+
+def test_what_is_put_into_the_model_meanwhile_is_what_is_packed(qwen3_folder, started, begun, monkeypatch):
+    real = auto.apply_blueprint
+
+    def apply_blueprint(model, *args, **kwargs):
+        mlp = model.model.layers[0].mlp
+        mlp.gate_proj.weight = torch.nn.Parameter(mlp.up_proj.weight.flip(0))
+        return real(model, *args, **kwargs)
+
+    plain = load(qwen3_folder, device_map="cpu").state_dict()
+    monkeypatch.setattr(auto, "apply_blueprint", apply_blueprint)
+    found = load(qwen3_folder, kernel_config=FUSED, device_map="cpu").state_dict()
+    plain["model.layers.0.mlp.gate_proj.weight"] = plain["model.layers.0.mlp.up_proj.weight"].flip(0)
+    assert all(torch.equal(found[name], tensor) for name, tensor in plain.items())
+
+
+def test_each_byte_is_read_once(qwen3_folder, started, begun):
+    model = load(qwen3_folder, kernel_config=FUSED, device_map="cpu")
+    assert [each._nbytes for each in started] == [sum(tensor.nbytes for tensor in model.state_dict().values())]
 
 
 @pytest.mark.parametrize("config", [None, FUSED], ids=["plain", "fused"])
@@ -127,7 +158,7 @@ def test_memory_is_reserved_for_all_and_then_for_no_more(qwen3_folder, started, 
     monkeypatch.setattr(fill, "reserve", lambda nbytes: asked.append(sum(nbytes.values())))
     model = load(qwen3_folder, kernel_config=config, device_map="cpu")
     sizes = {name: tensor.nbytes for name, tensor in model.state_dict().items()}
-    assert asked == [sum(sizes.values()), sum(size for name, size in sizes.items() if name not in begun)]
+    assert asked == [sum(sizes.values()), 0]
 
 
 def test_so_it_is_where_transformers_works_the_devices_out(qwen3_folder, started, begun):

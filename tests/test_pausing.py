@@ -6,8 +6,12 @@ import threading
 from contextlib import contextmanager
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kernelgraft.pausing import TURN, collector_paused, interpreter_handed_over
+
+SHORT = round(TURN * 1e6)
 
 
 @contextmanager
@@ -94,13 +98,28 @@ def test_what_the_caller_has_frozen_stays_so_and_nothing_else_is():
         gc.unfreeze()
 
 
+def turn():
+    """In microseconds."""
+    return round(sys.getswitchinterval() * 1e6)
+
+
 def test_turns_are_short_inside_and_as_before_afterwards():
-    before = sys.getswitchinterval()
-    assert before > TURN
+    before = turn()
+    assert before > SHORT
     with interpreter_handed_over():
         with interpreter_handed_over():
-            assert sys.getswitchinterval() == TURN
-        assert sys.getswitchinterval() == TURN
+            assert turn() == SHORT
+        assert turn() == SHORT
+    assert turn() == before
+
+
+@given(st.integers(1, 20_000))
+def test_turns_of_any_length_are_as_before_afterwards(microseconds):
+    sys.setswitchinterval(microseconds * 1e-6 + 5e-7)
+    before = sys.getswitchinterval()
+    for _ in range(3):
+        with interpreter_handed_over():
+            assert turn() == min(SHORT, microseconds)
     assert sys.getswitchinterval() == before
 
 
@@ -111,13 +130,6 @@ def test_an_error_ends_short_turns():
     assert sys.getswitchinterval() == before
 
 
-def test_turns_that_are_shorter_still_stay_so():
-    sys.setswitchinterval(TURN / 2)
-    with interpreter_handed_over():
-        assert sys.getswitchinterval() == TURN / 2
-    assert sys.getswitchinterval() == TURN / 2
-
-
 def test_turns_that_somebody_sets_meanwhile_stay_so():
     with interpreter_handed_over():
         sys.setswitchinterval(0.002)
@@ -125,10 +137,10 @@ def test_turns_that_somebody_sets_meanwhile_stay_so():
 
 
 def test_turns_are_short_until_the_last_thread_is_through():
-    before = sys.getswitchinterval()
+    before = turn()
     with in_another_thread(interpreter_handed_over()) as leave:
         with interpreter_handed_over():
             pass
-        assert sys.getswitchinterval() == TURN
+        assert turn() == SHORT
         leave()
-        assert sys.getswitchinterval() == before
+        assert turn() == before

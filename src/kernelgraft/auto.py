@@ -8,7 +8,7 @@ of other models. Nothing of Transformers is patched.
 """
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,10 +20,11 @@ import transformers
 from torch import nn
 
 from kernelgraft import compat, recorded_config
+from kernelgraft.ahead import Ahead
 from kernelgraft.api import subject_of
 from kernelgraft.blueprint import Blueprint
 from kernelgraft.checkpoint.files import INDEX, Checkpoint
-from kernelgraft.checkpoint.fill import begin, materialize, reserve_for
+from kernelgraft.checkpoint.fill import materialize
 from kernelgraft.checkpoint.format import ShardIndex, given_shard_index
 from kernelgraft.checkpoint.naming import Lazies, load_lazily
 from kernelgraft.checkpoint.own_rules import with_own_rules
@@ -37,7 +38,6 @@ from kernelgraft.plan import Rejected
 from kernelgraft.planner import make_blueprint
 from kernelgraft.recording import Recording, recorded
 from kernelgraft.root import root_class
-from kernelgraft.tree import ancestors
 
 
 @dataclass
@@ -67,32 +67,20 @@ class _Load:
             self.ready = ready_for_cuda()
             self.stack.callback(self.ready.stop)
 
-    def begin(self, model: nn.Module, lazies: Lazies, claimed: Collection[str], kept: Collection[str] = ()) -> None:
-        """Start to read what no module at the paths that are claimed has, or what is kept, if nothing is tied to it."""
-        if self.ready is None:
-            return
-        tied, found = compat.tied_weights(model), lazies()
-        if not self.ready.begun:
-            # Not only when all is over: by then the files are closed.
-            self.stack.callback(self.ready.stop)
-            reserve_for(found.values())
-        free = (name for name in found if name not in tied and (name in kept or not _is_within(name, claimed)))
-        begin([found[name] for name in free], self.ready)
-
     def plan_skeleton(self, model: nn.Module, load_config: Any, lazies: Lazies) -> None:
         """Plan the graft of a model that will be filled with what `lazies` gives, as `load_config` says."""
         # Transformers has worked out by now which devices "auto" is.
         self.device_map = load_config.device_map
         self.make_ready()
-        if self.config is None:
-            self.begin(model, lazies, ())
-            return
-        self.blueprint = self.plan(
-            model, live=False, load_config=load_config, on_claims=partial(self.begin, model, lazies)
-        )
-        sites = [site for site in self.blueprint.sites if site.made is not None]
-        claimed = {path for site in sites for path in site.site.paths}
-        self.begin(model, lazies, claimed, {name for site in sites for name in site.kept()})
+        ahead = None
+        if self.ready is not None:
+            # Not only when all is over: by then the files are closed.
+            self.stack.callback(self.ready.stop)
+            ahead = Ahead(model, lazies(), self.ready)
+        if self.config is not None:
+            self.blueprint = self.plan(model, live=False, load_config=load_config, ahead=ahead)
+        if ahead is not None:
+            ahead.begin_rest(self.blueprint.sites if self.blueprint is not None else ())
 
     def plan(
         self,
@@ -100,12 +88,13 @@ class _Load:
         *,
         live: bool,
         load_config: Any = None,
-        on_claims: Callable[[Collection[str]], None] = lambda _: None,
+        ahead: Ahead | None = None,
     ) -> Blueprint:
         """Plan the graft of this load's model, which will be filled as `load_config` says if it is not `live`."""
         assert self.config is not None
         subject = subject_of(model, live=live, recording=self.recording)
-        subject.on_claims = on_claims
+        if ahead is not None:
+            subject.on_claims = ahead.begin_free
         if load_config is not None:
             subject.dtype_of = compat.loaded_dtypes(load_config)
             if load_config.device_map:
@@ -185,11 +174,6 @@ def _device_in(device_map: Mapping[str, Any], name: str) -> torch.device:
         path = path.rpartition(".")[0]
     where = device_map.get(path, "cpu")
     return torch.device("cpu" if where == "disk" else where)
-
-
-def _is_within(name: str, paths: Collection[str]) -> bool:
-    """Whether a parameter is in a module at one of the paths, "" being the model."""
-    return any(path in paths for path in (*ancestors(name), ""))
 
 
 def _is_cuda(device: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from operator import is_
 
 import torch
 from torch import nn
@@ -9,9 +10,10 @@ from torch import nn
 from kernelgraft.binding import ClassKey
 from kernelgraft.choosing import Asked, Runs
 from kernelgraft.config import KernelConfig
-from kernelgraft.contents import joined
+from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.conversion.rules import Rules
 from kernelgraft.layouts import Made
+from kernelgraft.origins import full_name
 from kernelgraft.plan import KindPlan, Plan, SitePlan
 from kernelgraft.recording import Arguments
 from kernelgraft.soundness import Run
@@ -63,6 +65,7 @@ class PreparedSite:
     keys: tuple[ClassKey, ...]
     made: Made | None
     rules: Rules | None
+    _packed: dict[str, tuple[LazyTensor, list[torch.Tensor]]] = field(default_factory=dict, repr=False)
 
     def keeps(self, packed: str) -> bool:
         """Whether a parameter of the layout will be one of the originals, the same object."""
@@ -77,8 +80,32 @@ class PreparedSite:
         program = self.kind.program
         if self.made is None or program is None:
             return []
-        names = [name.partition(".") for packed, name in program.whole.items() if self.keeps(packed)]
-        return [joined(self.site.paths[int(index)], name) for index, _, name in names]
+        return [full_name(name, self.site.paths) for packed, name in program.whole.items() if self.keeps(packed)]
+
+    def pack_early(self, tensors: Mapping[str, torch.Tensor]) -> list[LazyTensor]:
+        """What is packed of lazy tensors that will be in the model, given by name.
+
+        `lazy` gives the same objects again, if it is these tensors that are in the model when the site is made.
+        """
+        program = self.kind.program
+        assert program is not None
+        named = {name: full_name(name, self.site.paths) for name in program.sources}
+        originals = {name: tensors[full] for name, full in named.items() if full in tensors}
+        for packed, names in program.feeds.items():
+            if not self.keeps(packed) and all(name in originals for name in names):
+                lazy = program.lazy(packed, originals)
+                if lazy is not None:
+                    self._packed[packed] = lazy, [originals[name] for name in names]
+        return [lazy for lazy, _ in self._packed.values()]
+
+    def lazy(self, packed: str, originals: Mapping[str, torch.Tensor]) -> LazyTensor | None:
+        """One packed tensor as a lazy one of the originals, by their names in the program: see `Program.lazy`."""
+        program = self.kind.program
+        assert program is not None
+        early = self._packed.get(packed)
+        if early is not None and all(map(is_, early[1], [originals[name] for name in program.feeds[packed]])):
+            return early[0]
+        return program.lazy(packed, originals)
 
 
 @dataclass

@@ -168,7 +168,7 @@ def _fill(
         sources = [originals[name] for name in program.feeds[target] or program.computed.get(target, ())]
         if target in computed:
             value = computed[target]
-        elif (lazy := program.lazy(target, originals)) is not None:
+        elif (lazy := prepared.lazy(target, originals)) is not None:
             value = lazy  # read with all others, when all sites are there
         else:
             dtype = getattr(torch, program.casts[target]) if target in program.casts else sources[0].dtype

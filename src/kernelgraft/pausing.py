@@ -9,14 +9,14 @@ from contextlib import contextmanager
 # When a load of Qwen3-8B with q/k/v and gate/up merged was planned, 3.8 of 16.4 GB had been read with 5 ms, and 7.1
 # with 0.5 (an H200's host of 16 cores, Python 3.12, one process each, 2026-11-29); in five others of another host 6.4
 # to 7.3.
-TURN = 0.0005
+TURN = 0.0002
 """Seconds that a thread keeps the interpreter at most when another waits for it, inside `interpreter_handed_over`."""
 
 _lock = threading.Lock()
 _users = 0
 _was_enabled = False
 _turns = 0
-_turn_before = 0.0
+_turn_before = _turn = 0.0
 
 
 @contextmanager
@@ -53,16 +53,22 @@ def interpreter_handed_over() -> Iterator[None]:
     that only computes it would get nothing done. Blocks of several threads may overlap; when the last one ends the
     interval is as it was before the first, unless somebody has set another one since.
     """
-    global _turns, _turn_before
+    global _turns, _turn_before, _turn
     with _lock:
         if _turns == 0:
             _turn_before = sys.getswitchinterval()
-            sys.setswitchinterval(min(TURN, _turn_before))
+            _set_interval(min(TURN, _turn_before))
+            _turn = sys.getswitchinterval()
         _turns += 1
     try:
         yield
     finally:
         with _lock:
             _turns -= 1
-            if _turns == 0 and sys.getswitchinterval() == min(TURN, _turn_before):
-                sys.setswitchinterval(_turn_before)
+            if _turns == 0 and sys.getswitchinterval() == _turn:
+                _set_interval(_turn_before)
+
+
+def _set_interval(seconds: float) -> None:
+    # Python cuts off what is not a whole microsecond: 0.0002 would be 199 of them.
+    sys.setswitchinterval(seconds + 5e-7)

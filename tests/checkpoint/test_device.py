@@ -61,6 +61,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(device, "READING", LANES[request.param][1])
     monkeypatch.setattr(device, "CHUNK", 1 << 18)
     monkeypatch.setattr(streaming, "PIECE", 1 << 17)
+    monkeypatch.setattr(streaming, "RUN", 1 << 16)
     monkeypatch.setattr(streaming, "STREAMED", 5 << 17)
     monkeypatch.setattr(device, "REGISTERED", 1 << 20)
     if request.param == "refused":
@@ -134,6 +135,7 @@ def test_memory_beyond_the_tensors_is_small(streams, weights, monkeypatch, reque
 def test_pieces_are_used_again_and_again_while_the_device_is_slow(weights, monkeypatch):
     tensors, checkpoint = weights
     monkeypatch.setattr(streaming, "PIECE", 1 << 16)
+    monkeypatch.setattr(streaming, "RUN", 1 << 16)
     monkeypatch.setattr(streaming, "STREAMED", 3 << 16)
     real = streaming.StreamingLane._enter
 

@@ -70,7 +70,7 @@ def test_the_ring_of_which_that_was_found_out_is_the_one_that_is_used(monkeypatc
     with made_up_device(monkeypatch):
         [lane], _ = device_lanes({}, 2)
         lane().close()
-    assert rings == [streaming.STREAMED // streaming.PIECE]
+    assert rings == [streaming.STREAMED // streaming.RUN]
 
 
 def limits(granted):
@@ -224,6 +224,7 @@ def fill(lazies):
 def make_small(monkeypatch):
     for module, name, nbytes in (
         (streaming, "PIECE", 1 << 16),
+        (streaming, "RUN", 1 << 15),
         (streaming, "STREAMED", 5 << 16),
         (device, "CHUNK", 1 << 17),
         (device, "REGISTERED", 1 << 18),

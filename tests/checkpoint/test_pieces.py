@@ -56,8 +56,8 @@ def make():
     """Makes pieces that are closed afterwards."""
     made = []
 
-    def pieces_of(size, count):
-        made.append(Pieces(size, count, ring_of(count)))
+    def pieces_of(size, count, most=None):
+        made.append(Pieces(size, count, ring_of(count), most or size))
         return made[-1]
 
     yield pieces_of
@@ -123,8 +123,8 @@ def tasks_of(draw):
 
 
 @settings(max_examples=80, deadline=None)
-@given(tasks=tasks_of(), count=st.integers(1, 5), short=st.booleans())
-def test_every_piece_holds_the_bytes_of_its_reads(tasks, count, short):
+@given(tasks=tasks_of(), count=st.integers(1, 5), most=st.sampled_from([SIZE, SIZE // 2, 700]), short=st.booleans())
+def test_every_piece_holds_the_bytes_of_its_reads(tasks, count, most, short):
     real = Ring.read
 
     def read(self, fd, address, nbytes, offset, tag):
@@ -132,7 +132,7 @@ def test_every_piece_holds_the_bytes_of_its_reads(tasks, count, short):
 
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(Ring, "read", read):
         files = [File(Path(folder) / name, 80_000, seed) for seed, name in enumerate("ab")]
-        made = Pieces(SIZE, count, ring_of(count))
+        made = Pieces(SIZE, count, ring_of(count), most)
         found = carry_out(made, [[Runs(files[index], runs) for index, runs in task] for task in tasks])
         assert len(found) == len(tasks)
         assert all(held == wanted for held, wanted in found)
@@ -154,19 +154,32 @@ def test_a_whole_file_goes_through_pieces_of_any_size(size, count, tmp_path, mak
     os.close(whole.fd)
 
 
-def test_runs_that_touch_are_one_read(file, make, monkeypatch):
-    asked = []
+@pytest.fixture
+def asked(monkeypatch):
+    """(offset, bytes) of what the kernel is asked for."""
+    found = []
     real = Ring.read
 
     def read(self, fd, address, nbytes, offset, tag):
-        asked.append((offset, nbytes))
+        found.append((offset, nbytes))
         real(self, fd, address, nbytes, offset, tag)
 
     monkeypatch.setattr(Ring, "read", read)
+    return found
+
+
+def test_runs_that_touch_are_one_read(file, make, asked):
     task = [Runs(file, [(10, 5), (15, 5)]), Runs(file, [(20, 30)]), Runs(file, [(60, 1)])]
     [(held, wanted)] = carry_out(make(100, 1), [task])
     assert held == wanted
     assert asked == [(10, 40), (60, 1)]
+
+
+def test_long_runs_are_several_reads(file, make, asked):
+    task = [Runs(file, [(10, 40)]), Runs(file, [(50, 30)]), Runs(file, [(90, 20)])]
+    [(held, wanted)] = carry_out(make(100, 1, most=30), [task])
+    assert held == wanted
+    assert asked == [(10, 30), (40, 30), (70, 10), (90, 20)]
 
 
 @pytest.mark.parametrize("nbytes", [0, 101])
@@ -225,7 +238,7 @@ def test_closed_in_the_middle_nothing_is_written_any_more(file):
             return "io_uring" in found.read()
 
     for _ in range(10):
-        made = Pieces(90_000, 30, ring_of(30))
+        made = Pieces(90_000, 30, ring_of(30), 90_000)
         for _ in range(30):
             made.begin([Runs(file, [(0, 50_000), (55_000, 9)])])
         made.filled(wait=False)
@@ -245,12 +258,12 @@ def test_without_memory_no_ring_is_left(monkeypatch):
 
     monkeypatch.setattr(pieces, "Mapped", fails)
     with pytest.raises(CheckpointError, match="no memory"):
-        Pieces(1000, 3, ring_of(3))
+        Pieces(1000, 3, ring_of(3), 1000)
     assert open_rings() == 0
 
 
 def test_memory_that_may_still_be_written_to_stays(file, monkeypatch):
-    made = Pieces(1000, 3, ring_of(3))
+    made = Pieces(1000, 3, ring_of(3), 1000)
 
     def fails(_):
         raise RingError("cannot be waited for")

@@ -38,11 +38,14 @@ def driver(request):
     return None if request.param is None else Driver(request.param)
 
 
-@pytest.fixture(params=[(1 << 16, 1), (1 << 16, 3), (1 << 18, 8)], ids=["1x64K", "3x64K", "8x256K"])
+@pytest.fixture(
+    params=[(1 << 16, 1 << 16, 1), (1 << 16, 1 << 14, 3), (1 << 18, 1 << 17, 8)], ids=["1x64K", "3x64K", "8x256K"]
+)
 def streams(request, monkeypatch, driver):
     """The streams of a made-up device, and pieces of some size and number."""
-    size, count = request.param
+    size, run, count = request.param
     monkeypatch.setattr(streaming, "PIECE", size)
+    monkeypatch.setattr(streaming, "RUN", run)
     monkeypatch.setattr(streaming, "STREAMED", size * count)
     with made_up_device(monkeypatch, driver) as made:
         yield made
@@ -116,7 +119,8 @@ def test_while_it_runs_threads_hand_the_interpreter_over(streams, weights, monke
 
     monkeypatch.setattr(Pieces, "begin", begin)
     fill(jobs_of(layouts(weights[1])))
-    assert set(seen) == {pausing.TURN} != {before}
+    assert {round(each * 1e6) for each in seen} == {round(pausing.TURN * 1e6)}
+    assert before > pausing.TURN
     assert sys.getswitchinterval() == before
 
 

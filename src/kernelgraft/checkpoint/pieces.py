@@ -55,23 +55,26 @@ class Pieces:
 
     Attributes:
         size: Bytes of a piece.
+        most: Bytes that the kernel is asked for at once, at most.
         address: Where the first one lies.
         nbytes: Bytes of all.
         free: Those that nothing is in, the one that was given back last at the end.
     """
 
-    def __init__(self, size: int, count: int, ring: Ring) -> None:
+    def __init__(self, size: int, count: int, ring: Ring, most: int) -> None:
         """Take the memory.
 
         Args:
             size: Bytes of a piece.
             count: How many pieces.
+            most: How many bytes the kernel is asked for at once: longer runs are several reads, which its threads carry
+                out side by side.
             ring: What reads into them. It is closed with them, also if there is no memory.
 
         Raises:
             CheckpointError: There is no memory.
         """
-        self.size, self.nbytes = size, size * count
+        self.size, self.most, self.nbytes = size, most, size * count
         self._ring = ring
         try:
             self._memory = Mapped(self.nbytes)
@@ -110,8 +113,18 @@ class Pieces:
                 else:
                     runs.append(_Run(piece, read.file, start, address, nbytes))
                 address += nbytes
+        runs = [part for run in runs for part in self._parts(run)]
         piece.task, piece.left = task, len(runs)
         self._queue.extend(runs)
+
+    def _parts(self, run: _Run) -> list[_Run]:
+        """A run as runs of at most `most` bytes."""
+        if run.nbytes <= self.most:
+            return [run]
+        return [
+            _Run(run.piece, run.file, run.start + at, run.address + at, min(self.most, run.nbytes - at))
+            for at in range(0, run.nbytes, self.most)
+        ]
 
     def filled(self, *, wait: bool) -> list[Piece]:
         """The pieces that have become full.

@@ -21,8 +21,8 @@ from kernelgraft.pausing import interpreter_handed_over
 # 4 of 192 0.42, 8 of 192 0.44; by threads, as in `device.py`, 0.58. Two threads that register take the interpreter from
 # the one that streams: with them 4 of 96 took 0.80. A whole from_pretrained in fresh processes (medians of 3) took 0.53
 # with 4 of 96, 0.61 with 2 of 96 and with 4 of 192, 0.79 with threads.
-PIECE, STREAMED = 4 << 20, 96 << 20
-"""Most bytes of one read by the thread that streams, and bytes of all its pieces together."""
+PIECE, RUN, STREAMED = 8 << 20, 4 << 20, 96 << 20
+"""Most bytes of one read by the thread that streams, of what the kernel is asked for at once, and of all its pieces."""
 
 
 def streaming(after: Streams, cores: int) -> tuple[Callable[[], Lane], int]:
@@ -32,7 +32,7 @@ def streaming(after: Streams, cores: int) -> tuple[Callable[[], Lane], int]:
         RingError: The kernel grants no ring.
     """
     # Kept from here on: a second one might not be granted.
-    ring = ring_for_another(STREAMED // PIECE)
+    ring = ring_for_another(STREAMED // RUN)
     return partial(StreamingLane, after, ring, cores), PIECE
 
 
@@ -45,7 +45,7 @@ class StreamingLane(DeviceLane):
 
     def __init__(self, after: Streams, ring: Ring, workers: int) -> None:
         super().__init__(after)
-        self._pieces = Pieces(PIECE, STREAMED // PIECE, ring)
+        self._pieces = Pieces(PIECE, STREAMED // PIECE, ring, RUN)
         # Pieces that were sent together, and what tells that each device has copied them.
         self._sent: deque[tuple[dict[torch.device, torch.cuda.Event], list[Piece]]] = deque()
         self._events: dict[torch.device, list[torch.cuda.Event]] = {}
