@@ -6,9 +6,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# When a load of Qwen3-8B with q/k/v and gate/up merged was planned, 3.8 of 16.4 GB had been read with 5 ms, and 7.1
-# with 0.5 (an H200's host of 16 cores, Python 3.12, one process each, 2026-11-29); in five others of another host 6.4
-# to 7.3.
+# Seconds of a load of Qwen3-8B, plain and with q/k/v and gate/up merged, by milliseconds (an H200's host of 16 cores,
+# Python 3.12, 2026-11-29, fresh processes in turn, medians of 7): 0.5 0.443, 0.504; 0.2 0.419, 0.488; 0.1 0.430, 0.488.
+# With 5 ms 3.8 of its 16.4 GB had been read when the merged one was planned, and with 0.5 7.1.
 TURN = 0.0002
 """Seconds that a thread keeps the interpreter at most when another waits for it, inside `interpreter_handed_over`."""
 
@@ -47,7 +47,7 @@ def collector_paused() -> Iterator[None]:
 
 @contextmanager
 def interpreter_handed_over() -> Iterator[None]:
-    """Inside the block a thread that waits for the interpreter has it after half a millisecond, in the whole process.
+    """Inside the block a thread that waits for the interpreter has it after `TURN` seconds, in the whole process.
 
     Python's own interval is 5 ms. A thread that feeds a device needs a little of the interpreter often: beside one
     that only computes it would get nothing done. Blocks of several threads may overlap; when the last one ends the

@@ -17,10 +17,13 @@ from kernelgraft.checkpoint.waiting import Lane, Waiting
 from kernelgraft.pausing import interpreter_handed_over
 
 # Seconds of filling 16.4 GB from the page cache through a ring (H200, 16 cores, torch 2.11, Linux 6.18, 2026-11-28,
-# medians of 5, in turn), by MB of a piece and of all: 1 of 64 0.76, 2 of 64 0.41, 2 of 96 0.42, 4 of 96 0.38,
-# 4 of 192 0.42, 8 of 192 0.44; by threads, as in `device.py`, 0.58. Two threads that register take the interpreter from
-# the one that streams: with them 4 of 96 took 0.80. A whole from_pretrained in fresh processes (medians of 3) took 0.53
-# with 4 of 96, 0.61 with 2 of 96 and with 4 of 192, 0.79 with threads.
+# medians of 5, in turn), by MB of a piece and of all: 1 of 64 0.76, 2 of 64 0.41, 2 of 96 0.42, 4 of 96 0.38, 4 of 192
+# 0.42, 8 of 192 0.44; by threads, as in `device.py`, 0.58. Two threads that register take the interpreter from the one
+# that streams: with them 4 of 96 took 0.80. A whole from_pretrained in fresh processes (medians of 3) took 0.53 with 4
+# of 96, 0.61 with 2 of 96 and with 4 of 192, 0.79 with threads. With 8 read by 4 the thread needs the interpreter 22 us
+# for 4 MB in place of 26 (2 cores of an EPYC). Plain and with q/k/v and gate/up merged (2026-11-29, medians of 10, in
+# turn): 4 of 96 0.445, 0.517; 8 by 4 of 96 0.454, 0.508; 8 by 4 of 128 0.458, 0.512; 8 whole of 96 0.478, 0.577. Beside
+# turns of 0.1 ms (`pausing.py`; another host, 9 rounds): 4 of 96 0.501, 0.593; 8 by 4 of 96 0.506, 0.543.
 PIECE, RUN, STREAMED = 8 << 20, 4 << 20, 96 << 20
 """Most bytes of one read by the thread that streams, of what the kernel is asked for at once, and of all its pieces."""
 
