@@ -67,9 +67,9 @@ class Pieces:
         Args:
             size: Bytes of a piece.
             count: How many pieces.
+            ring: What reads into them. It is closed with them, also if there is no memory.
             most: How many bytes the kernel is asked for at once: longer runs are several reads, which its threads carry
                 out side by side.
-            ring: What reads into them. It is closed with them, also if there is no memory.
 
         Raises:
             CheckpointError: There is no memory.
