@@ -100,6 +100,7 @@ def _work(asked: argparse.Namespace, tokens: int, hidden: int, intermediate: int
             "merged": lambda: ready([Merged(block) for block in blocks]),
             "compile": lambda: ready([compiled(block, asked) for block in blocks]),
             "liger": lambda: ready([_liger(block, config, asked) for block in blocks]),
+            "quack": lambda: ready([_quack(block, asked) for block in blocks]),
             "ours": grafted,
         },
         reference=exact,
@@ -129,6 +130,18 @@ def _liger(block: Any, config: Any, asked: argparse.Namespace) -> Block:
         made = Block(LigerRMSNorm(config.hidden_size, config.rms_norm_eps), LigerSwiGLUMLP(config))
     made.load_state_dict(block.state_dict(), assign=True)
     return made.eval()
+
+
+def _quack(block: Any, asked: argparse.Namespace) -> Callable[[torch.Tensor], Any]:
+    """Its norm, and its MLP as it comes: rows of gate and up in turn, the activation in the first product, tuned."""
+    need("quack", "quack-kernels", asked)
+    from quack import rmsnorm
+    from quack.mlp import mlp_func
+
+    norm, mlp = block.norm, block.mlp
+    gate_up = torch.stack([mlp.gate_proj.weight, mlp.up_proj.weight], 1).flatten(0, 1).detach()
+    down = mlp.down_proj.weight
+    return lambda x: mlp_func(rmsnorm(x, norm.weight, eps=norm.variance_epsilon), gate_up, down, "swiglu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

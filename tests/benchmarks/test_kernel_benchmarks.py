@@ -109,7 +109,7 @@ def test_rms_norm_mlp(run):
     code, rows = run("rms_norm_mlp")
     assert code == 0
     assert_all_measured(rows, ["RMSNormMLP"])
-    assert set(by_variant(rows)) == {"eager", "merged", "compile", "liger", "ours"}
+    assert set(by_variant(rows)) == {"eager", "merged", "compile", "liger", "quack", "ours"}
 
 
 def test_thresholds(run):

@@ -60,10 +60,10 @@ def materialize(model: nn.Module, ready: Reading | None = None) -> None:
 
 
 def begin(lazies: Iterable[torch.Tensor], ready: Reading) -> None:
-    """Start to read what goes to CUDA devices as it stands, while it is found out what becomes of the rest.
+    """Start to read what goes to CUDA devices from files alone, before the tensors are in the model.
 
     Args:
-        lazies: Lazy tensors that will be in the model as they are; what was begun already goes on.
+        lazies: Lazy tensors that will be in it; what was begun already goes on.
         ready: Threads that wait. `materialize` puts in what they read; if it does not come to that, stop them before
             the files are closed.
     """
