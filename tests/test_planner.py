@@ -1,5 +1,8 @@
 """What a plan proves before anything changes: every parameter filled once, none lost, and nothing touched."""
 
+import gc
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -335,3 +338,31 @@ def test_a_rule_that_names_one_layer_serves_that_layer_and_no_other():
     assert [site.host for site in sites] == ["model.layers.0.post_attention_layernorm"]
     text = refusal(model, {tiny.FUSION: kernel})
     assert "Nothing fills Layout.scale [32] at 'model.layers.1.post_attention_layernorm'" in text
+
+
+# --- the random state
+
+
+@pytest.mark.transformers
+@pytest.mark.parametrize("work", [kernelgraft.plan, kernelgraft.graft])
+def test_no_garbage_is_looked_for_while_the_random_state_is_asked_for(work):
+    """Torch holds the generator's lock there: Python code that a collection runs may let another thread wait for it."""
+    import tiny
+
+    model, config, seen = tiny.model("qwen3"), tiny.guide_config(), []
+
+    def note(*_):
+        frame = sys._getframe(1)
+        while frame is not None:
+            seen.extend(["collection"] if frame.f_code.co_name == "get_rng_state" else [])
+            frame = frame.f_back
+
+    before = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(1, 1, 1)
+    try:
+        work(model, config)
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(note)
+    assert seen == []

@@ -16,6 +16,7 @@ from kernelgraft.config import KernelConfig
 from kernelgraft.entry import Entry
 from kernelgraft.errors import PlanError
 from kernelgraft.functions import with_globals
+from kernelgraft.pausing import collector_paused
 from kernelgraft.plan import Rejected
 from kernelgraft.recording import Recording, recorded
 
@@ -38,7 +39,7 @@ def skeleton_of(model: nn.Module) -> tuple[nn.Module, Recording] | None:
     """
     config: Any = copy.deepcopy(model.config)
     try:
-        with torch.device("meta"), torch.random.fork_rng(devices=[]), recorded() as recording:
+        with collector_paused(), torch.device("meta"), torch.random.fork_rng(devices=[]), recorded() as recording:
             skeleton = type(model)(config)
     except Exception:
         # What a model's own __init__ may raise is anything; without a skeleton the plan says what it could not check.

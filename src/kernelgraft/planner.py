@@ -19,6 +19,7 @@ from kernelgraft.errors import PlanError
 from kernelgraft.functions import called_functions, check_function, find_functions
 from kernelgraft.kernel import Kernel
 from kernelgraft.matching import NearMiss, collapse_paths, near_misses
+from kernelgraft.pausing import collector_paused
 from kernelgraft.plan import FunctionPlan, Plan, Rejected
 from kernelgraft.refusals import check_members
 from kernelgraft.signature import spell_call
@@ -43,7 +44,10 @@ def make_blueprint(
         PlanError: Something that the config asks for cannot be done; nothing has changed.
         KernelError: A kernel cannot be loaded.
     """
-    return _Planner(subject, config, inherited, rejected).blueprint()
+    # Torch wraps a random state for Python while it holds the generator's lock. A collection that starts there and runs
+    # Python code lets go of the interpreter: another thread that asks for the state keeps it then, and both wait forever.
+    with collector_paused():
+        return _Planner(subject, config, inherited, rejected).blueprint()
 
 
 class _Planner:

@@ -14,6 +14,7 @@ from kernelgraft.checkpoint.reader import Reading, check_readable, fill, goes_to
 from kernelgraft.checkpoint.sharding import is_sharded, local_part, with_local
 from kernelgraft.conversion.lazy import LazyTensor
 from kernelgraft.errors import CheckpointError
+from kernelgraft.pausing import collector_paused
 from kernelgraft.recording import arguments_of
 from kernelgraft.tree import put_tensor, saved_tensors, tensor_at
 
@@ -244,5 +245,5 @@ def _built_again(module: nn.Module, name: str) -> nn.Module:
             f"{name} is a non-persistent buffer on the meta device: no checkpoint has it. Build the model inside `with "
             f"kernelgraft.recorded():`, so that {type(module).__name__} can be made again, or build it on the CPU."
         )
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    with collector_paused(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         return type(module)(*arguments.args, **arguments.kwargs)
