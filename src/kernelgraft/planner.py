@@ -45,7 +45,7 @@ def make_blueprint(
         KernelError: A kernel cannot be loaded.
     """
     # Torch wraps a random state for Python while it holds the generator's lock. A collection that starts there and runs
-    # Python code lets go of the interpreter: another thread that asks for the state keeps it then, and both wait forever.
+    # Python code gives the interpreter up; another thread that asks for the state keeps it, and both wait forever.
     with collector_paused():
         return _Planner(subject, config, inherited, rejected).blueprint()
 
