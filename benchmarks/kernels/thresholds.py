@@ -30,6 +30,7 @@ def works(asked: argparse.Namespace) -> Iterator[Work]:
     """Every constant."""
     for hidden, inner in TINY if asked.tiny else SIZES:
         yield from _products(asked, hidden, inner)
+        yield from _many(asked, hidden, inner)
     yield from _rotations(asked, (4, 2) if asked.tiny else (16, 8))
     for rows, classes, hidden in ((9, 50, 32),) if asked.tiny else ((8192, 151936, 1024), (4096, 50257, 1024)):
         yield _loss(asked, rows, classes, hidden)
@@ -56,6 +57,35 @@ def _products(asked: argparse.Namespace, hidden: int, inner: int) -> Iterator[Wo
             for each in columns
         }
         yield _mlp(f"{count} tokens, parts added up", ways, x[:count], scale, gate_up, down)
+
+
+def _many(asked: argparse.Namespace, hidden: int, inner: int) -> Iterator[Work]:
+    draw = _drawing(asked)
+    gate_up, down = draw(2 * inner, hidden) / hidden**0.5, draw(hidden, inner) / inner**0.5
+    ways = {
+        "ours, by the kernel": {"many_tokens.MIN_ROWS": 1, "many_tokens._BUSY": {"": 0.0, "silu": 0.0}},
+        "ours, by the library": {"many_tokens._BUSY": {}},
+    }
+    for count in (70, 90) if asked.tiny else (256, 512, 640, 768, 1024, 1536, 2048, 4096, 8192):
+        x = draw(count, hidden)
+        yield _product(f"{count} rows, H {hidden}, activated", ways, x, gate_up, "silu")
+        yield _product(f"{count} rows, H {inner}", ways, draw(count, inner), down, "")
+
+
+def _product(name: str, ways: Ways, x: torch.Tensor, weight: torch.Tensor, act: str) -> Work:
+    from kernelgraft.kernels.many_tokens import product
+
+    def plain(given: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        y = F.linear(given, rows)
+        return F.silu(y.chunk(2, -1)[0]) * y.chunk(2, -1)[1] if act else y
+
+    return _work(
+        f"product of {name}",
+        {"rows": x.shape[0], "length": x.shape[1], "columns": weight.shape[0]},
+        lambda: product(x, weight, None, act),
+        lambda dtype: lambda: plain(x.to(dtype), weight.to(dtype)),
+        ways,
+    )
 
 
 def _mlp(

@@ -6,11 +6,16 @@ H100 or H200, or `89`, for an L4 or RTX 4090, it prints a line for each kernel.
 
 import contextlib
 import itertools
+import subprocess
 import sys
+import tempfile
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.knobs import nvidia
 from triton.runtime.jit import JITFunction
 
 from kernelgraft.kernels import (
@@ -19,6 +24,7 @@ from kernelgraft.kernels import (
     decode_attention_kernels,
     device,
     few_tokens,
+    many_tokens_kernels,
     one_token_attention,
     overlap,
     rms_norm_backward_kernels,
@@ -60,6 +66,8 @@ def current(of):
 
 
 def type_of(value):
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
     if isinstance(value, torch.Tensor):
         return f"*{TYPES[value.dtype]}"
     return "fp32" if isinstance(value, float) else "i32"
@@ -74,7 +82,9 @@ def is_multiple(value):
     return (value.data_ptr() if isinstance(value, torch.Tensor) else type(value) is int and value) % 16 == 0
 
 
-def compile_instead(self, *args, grid, warmup, num_warps=4, num_stages=3, enable_fp_fusion=True, **kwargs):
+def compile_instead(
+    self, *args, grid, warmup, num_warps=4, num_stages=3, enable_fp_fusion=True, maxnreg=None, **kwargs
+):
     """In the place of a launch. A pointer that is not there is a constant, and so is a 1, as Triton has it."""
     assert currents, f"{self.__name__} goes to whichever GPU is the current one"
     given = {**dict(zip(self.arg_names, args, strict=False)), **kwargs}
@@ -86,12 +96,15 @@ def compile_instead(self, *args, grid, warmup, num_warps=4, num_stages=3, enable
         for index, name in enumerate(self.arg_names)
         if name not in constants and is_multiple(given[name])
     }
-    source = ASTSource(self, signature, known, multiples)
+    source = (GluonASTSource if self.is_gluon() else ASTSource)(self, signature, known, multiples)
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+    options |= {"maxnreg": maxnreg} if maxnreg else {}
     made = compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     assert f".entry {self.__name__}" in made.asm["ptx"]
     assert made.metadata.shared <= GPUS[architecture][1], f"{self.__name__} takes {made.metadata.shared} bytes: {given}"
     compiled.setdefault(self.__name__, []).append(made.asm["ptx"])
+    if self.is_gluon():
+        look_at_machine_code(made.asm["cubin"])
 
 
 def empty(*shape, dtype=None):
@@ -161,6 +174,13 @@ def launch_products():
         few_tokens.launch(empty(tokens, 515), empty(2, 515), empty(2), few_tokens.Norm(empty(515), 1e-6), "gelu", None)
 
 
+def launch_many():
+    """Products of many tokens, where the last blocks are parts of one too."""
+    if architecture == 90:
+        for rows, act in itertools.product((512, 700), ("silu", "gelu_tanh", "")):
+            assert many_tokens_kernels.launch(empty(rows, 1024), empty(1008, 1024), act) is not None
+
+
 def launch_loss():
     """Plain, and with all that can be asked of it; of fewer classes than a program takes at once, and of more."""
     plain = cross_entropy_rows.Formula(rounds=False)
@@ -176,9 +196,21 @@ GROUPS = {
     "norms": launch_norms,
     "mlps": launch_mlps,
     "products": launch_products,
+    "many": launch_many,
     "attention": launch_attention,
     "loss": launch_loss,
 }
+
+
+def look_at_machine_code(cubin):
+    """Of products on tensor cores: they wait for each other if the compiler does not understand their order."""
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(cubin)
+        file.flush()
+        code = subprocess.run([nvidia.cuobjdump.path, "-sass", file.name], capture_output=True, text=True, check=True)
+    assert "STL" not in code.stdout, "registers are written to memory"
+    assert code.stdout.count("HGMMA") == 2 * 4, "two groups, four products of 16 numbers each"
+    assert code.stdout.count("WARPGROUP.DEPBAR") == 2 * 2, "products wait for each other"
 
 
 def look_at_ptx():
@@ -197,6 +229,7 @@ def look_at_ptx():
     assert ptx[:waits].count("ld.global") > 8, "keys and values are loaded when the kernel in front has ended"
     assert waits < ptx.rindex("ld.global"), "what the kernel in front gives is loaded before it is there"
     assert waits < ptx.index("st.global"), "something is written before the kernel in front has ended"
+    assert compiled["_product"][0].count("griddepcontrol.wait") == 3, "a group of warps does not wait"
 
 
 def main(of):

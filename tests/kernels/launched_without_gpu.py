@@ -3,12 +3,14 @@
 `python launched_without_gpu.py` compiles a small kernel as for an H100 and prints nothing if all is as it should be.
 """
 
+import weakref
+
 import torch
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
-from kernelgraft.kernels import device, launching
+from kernelgraft.kernels import device, launching, many_tokens_kernels
 from kernelgraft.kernels.launching import Launch
 
 launches, asked, compiled = [], [], []
@@ -62,6 +64,29 @@ def run(launch, *pointers):
     launch(*pointers)
     assert len(launches) == 1
     return launches[0], len(asked) > before
+
+
+def look_at_descriptors(launch):
+    """Of a kernel that takes them: made once for an address, without its tensor, which may be let go."""
+    device.num_multiprocessors = lambda _: 132
+    x, weight = (torch.zeros(shape, dtype=torch.bfloat16) for shape in ((512, 576), (1024, 576)))
+    prepared = [each.to("meta") for each in (x, weight)]
+    launches.clear()
+    with device.preparing(torch.device("cpu")):
+        launch(*prepared, "silu")
+    assert not launches
+    known = len(compiled)
+    first, _ = run(launch, x, weight, "silu")
+    again, searched = run(launch, x, weight, "silu")
+    assert not searched
+    assert len(compiled) == known
+    assert first[4] is False  # as on a device where none begins before another has ended
+    assert first[5][:2] == again[5][:2]
+    assert [each.base.data_ptr() for each in again[5][:2]] == [x.data_ptr(), weight.data_ptr()]
+    assert first[5][3:] == again[5][3:]
+    held = weakref.ref(x)
+    del x
+    assert held() is None
 
 
 def main():
@@ -138,6 +163,8 @@ def main():
     launching.run(scaled, (4,), x, x, *values, num_warps=1)
     assert len(launches) == 2
     assert len(compiled) == before
+
+    look_at_descriptors(launch=many_tokens_kernels.launch)
 
     # Where it is not known how a kernel is run, Triton runs it.
     device.in_triton = lambda x: False

@@ -22,18 +22,19 @@ from kernelgraft.kernels import layers
 pytest.importorskip("triton")
 
 KERNELS = """_add_rows _add_splits _attend_split _backward _backward_blocks _backward_few_rows _backward_rows _combine
-    _decode_split _forward _forward_blocks _forward_rows _loss_rows _one_token _some_tokens"""
+    _decode_split _forward _forward_blocks _forward_rows _loss_rows _one_token _product _some_tokens"""
 
 
 @pytest.mark.parametrize("architecture", ["90", "89"])
 def test_all_that_is_launched_compiles(architecture):
     script = Path(__file__).with_name("compiled_without_gpu.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
+    kernels = [each for each in KERNELS.split() if architecture == "90" or each != "_product"]
     done = subprocess.run(
         [sys.executable, script, architecture], env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert sorted(line.split()[0] for line in done.stdout.splitlines()) == KERNELS.split()
+    assert sorted(line.split()[0] for line in done.stdout.splitlines()) == kernels
 
 
 # --- modules

@@ -11,7 +11,7 @@ y (..., N); M tokens, all dimensions of x but the last.
 import torch
 from torch.nn import functional as F
 
-from . import activation, compiling, device, rms_norm
+from . import activation, compiling, device, many_tokens, rms_norm
 from .few_tokens_kernels import launch
 from .product_parts import Norm
 
@@ -113,8 +113,7 @@ def product(
     if takes(x, weight, bias, norm and norm.weight, residual):
         return taken(x, weight, bias, norm, act, residual)
     # What lies between is let go as soon as it was used: for many tokens it is large.
-    y = F.linear(x if norm is None else rms_norm.rms_norm(x, *norm), weight, bias)
-    y = activation.gated_activation(y, act) if act else y
+    y = many_tokens.product(x if norm is None else rms_norm.rms_norm(x, *norm), weight, bias, act)
     return y if residual is None else plus(y, residual)
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from . import activation, compiling, device, few_tokens, first_steps, rms_norm
+from . import activation, compiling, device, few_tokens, first_steps, many_tokens, rms_norm
 from .few_tokens import Norm, product, reference, takes
 
 
@@ -296,9 +296,8 @@ def run_behind(layout: Any, held: list[torch.Tensor], residual: torch.Tensor, no
         y: torch.Tensor = _Recomputing.apply(held.pop(), residual, *weights, norm[1:], layout.activation)
         return y
     y, h = rms_norm.add_rms_norm(held.pop(), residual, *norm)
-    y = F.linear(y, gate_up, gate_up_bias)
-    y = activation.gated_activation(y, layout.activation)
-    y = F.linear(y, down, down_bias)
+    y = many_tokens.product(y, gate_up, gate_up_bias, layout.activation)
+    y = many_tokens.product(y, down, down_bias)
     return few_tokens.plus(y, h)
 
 

@@ -4,6 +4,8 @@ At each call Triton looks at every argument for what a kernel is compiled for: t
 numbers and constants of a launch are given once, only the pointers are left to look at.
 """
 
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -79,21 +81,61 @@ class Launch:
             return
         run, function, metadata = compiled
         stream = driver.get_current_stream(index)
-        run(*self._grid, stream, function, metadata, None, None, None, *pointers, *self._values)
+        run(*self._grid, stream, function, metadata, None, None, None, *self._arguments(pointers), *self._values)
 
     def _in_triton(self, pointers: tuple[torch.Tensor, ...]) -> Any:
-        return _run_or_load(self._kernel, self._grid, (*pointers, *self._values), self._options)
+        args = (*self._arguments(pointers), *self._values)
+        return _run_or_load(self._kernel, self._grid, args, self._options, pointers[0].is_meta)
+
+    def _arguments(self, pointers: tuple[torch.Tensor, ...]) -> Iterable[Any]:
+        return pointers
+
+
+class _At:
+    """An address in the place of a tensor, for a descriptor that is kept and must not keep the tensor."""
+
+    __slots__ = ("_address", "dtype")
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self._address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+class DescribedLaunch(Launch):
+    """A launch of a kernel that takes a descriptor of each tensor, made once for each address."""
+
+    __slots__ = ("_describe",)
+
+    def __init__(
+        self, kernel: Any, grid: tuple[int, ...], values: tuple[Any, ...], describe: Callable[[int, Any], Any],
+        **options: Any,
+    ) -> None:  # fmt: skip
+        """As for a `Launch`, and a function that gives the descriptor of which pointer, for what has its address."""
+        super().__init__(kernel, grid, values, **options)
+
+        @functools.lru_cache(REMEMBERED)
+        def described(which: int, address: int, dtype: torch.dtype) -> Any:
+            return describe(which, _At(address, dtype))
+
+        self._describe = described
+
+    def _arguments(self, pointers: tuple[torch.Tensor, ...]) -> Iterable[Any]:
+        return [self._describe(which, each.data_ptr(), each.dtype) for which, each in enumerate(pointers)]
 
 
 def run(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
     """Launch a kernel by Triton's own way, on the device of its first argument and its current stream."""
     with torch.cuda.device_of(args[0]):
-        _run_or_load(kernel, grid, args, options)
+        _run_or_load(kernel, grid, args, options, args[0].is_meta)
 
 
-def _run_or_load(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any]) -> Any:
+def _run_or_load(
+    kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], options: dict[str, Any], is_meta: bool
+) -> Any:
     """Launch a kernel; one for tensors on the meta device is only loaded, as `device.preparing` says."""
-    if not args[0].is_meta:
+    if not is_meta:
         return kernel[grid](*args, **options)
     if device.INTERPRETED:
         return None
