@@ -51,13 +51,13 @@ def looked_up(monkeypatch):
     prepared, launched = set(), set()
     real = launching._run_or_load
 
-    def note(kernel, grid, args, options):
+    def note(kernel, grid, args, options, is_meta):
         given = inspect.signature(kernel.fn).bind(*args, **{k: v for k, v in options.items() if k.isupper()})
         parameters = given.signature.parameters
         forms = tuple(form(name, parameters[name], value) for name, value in given.arguments.items())
         others = sorted((k, v) for k, v in options.items() if not k.isupper())
-        (prepared if args[0].is_meta else launched).add((kernel.fn.__name__, forms, *others))
-        return real(kernel, grid, args, options)
+        (prepared if is_meta else launched).add((kernel.fn.__name__, forms, *others))
+        return real(kernel, grid, args, options, is_meta)
 
     monkeypatch.setattr(launching, "_run_or_load", note)
     return prepared, launched

@@ -296,9 +296,10 @@ def run_behind(layout: Any, held: list[torch.Tensor], residual: torch.Tensor, no
         y: torch.Tensor = _Recomputing.apply(held.pop(), residual, *weights, norm[1:], layout.activation)
         return y
     y, h = rms_norm.add_rms_norm(held.pop(), residual, *norm)
-    y = many_tokens.product(y, gate_up, gate_up_bias, layout.activation)
-    y = many_tokens.product(y, down, down_bias)
-    return few_tokens.plus(y, h)
+    held.append(y)
+    del y
+    held.append(many_tokens.product(held.pop(), gate_up, gate_up_bias, layout.activation))
+    return few_tokens.plus(many_tokens.product(held.pop(), down, down_bias), h)
 
 
 def weights_of(layer: Any) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -57,17 +57,15 @@ def takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::product", mutates_args=())
 def _product(x: torch.Tensor, weight: torch.Tensor, act: str) -> torch.Tensor:
     y = launch(x, weight, act)
-    return _by_library(x, weight, None, act) if y is None else y
+    if y is None:
+        y = F.linear(x, weight)
+        y = activation.gated_activation(y, act) if act else y
+    return y
 
 
 @compiling.fake(_product)
 def _(x, weight, act):
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if act else weight.shape[0])
-
-
-def _by_library(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str) -> torch.Tensor:
-    y = F.linear(x, weight, bias)
-    return activation.gated_activation(y, act) if act else y
 
 
 def product(
@@ -85,10 +83,12 @@ def product(
         (..., N) in the dtype of `x`.
     """
     if not takes(x, weight, bias, act):
-        return _by_library(x, weight, bias, act)
+        y = F.linear(x, weight, bias)
+        del x  # for many tokens it is large, and who calls may have let it go
+        return activation.gated_activation(y, act) if act else y
     if device.launches(x, weight):
-        y = launch(x, weight, act)
-        if y is not None:
-            return y
+        launched = launch(x, weight, act)
+        if launched is not None:
+            return launched
     made: torch.Tensor = _product(x, weight, act)
     return made
