@@ -1,10 +1,10 @@
 """The kernel of products for many tokens on Hopper, in Gluon; see `many_tokens` for the formula and the shapes.
 
-One warp has the tensor memory accelerator fetch blocks into a ring of shared memory, and two warpgroups multiply them:
-128 rows of x by 256 of the weight, of which with an activation 128 are the gate's and 128 the same of up's. So what is
-multiplied for one column of y lies in one thread, and the activation needs no memory. It would leave the tensor cores
-waiting at each block's end, since every register is taken. The sums are rounded, which halves them, and activated and
-stored a quarter at a time between the products of the next block: those of a block take as long with as without.
+One warp has the tensor memory accelerator fetch blocks into a ring of shared memory, and two groups of four warps
+multiply them: 128 rows of x by 256 of the weight, of which with an activation 128 are the gate's and 128 the same of
+up's. So gate and up of a number lie in one thread, and what comes between needs no memory. It would leave the tensor
+cores waiting at each block's end, where every register holds a sum. The sums are rounded, which halves them, and
+activated and stored piece by piece between the products of the next block; those take as long with as without.
 """
 
 import functools
@@ -40,10 +40,10 @@ warps, with 64 rows more, leaves none to activate beside the products: 150 us in
 I 3072 (the first product with its activation, an H200 in bfloat16, torch 2.11, Triton 3.6, 2026-11-30)."""
 
 DEPTH, STAGES = 64, 4
-"""Numbers of each row that are fetched at a time, and how often in advance. 32 numbers eight times: 149 us in place of
-147, and 128 numbers twice 210 (the same, before the activation went between the products)."""
+"""Numbers of each row that are fetched at a time, and how often in advance. 32 numbers eight times: 158 us in place of
+155, and 128 numbers twice 210 (the same, when all of the activation was at a block's end)."""
 
-MIN_LENGTH = 9 * DEPTH - DEPTH + 1
+MIN_LENGTH = 8 * DEPTH + 1
 """The shortest rows, so that all that is done between the products of a block has one before it."""
 
 GROUP = 16
