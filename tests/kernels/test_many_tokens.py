@@ -108,7 +108,8 @@ def test_a_compiler_is_told_and_does_not_warn(monkeypatch):
 
 
 def test_both_products_of_an_mlp_go_by_it(on_hopper, monkeypatch):
-    monkeypatch.setattr(many_tokens, "takes", lambda *given: True)
+    monkeypatch.setattr(many_tokens, "_is_able", lambda *given: True)
+    monkeypatch.setattr(many_tokens, "_is_faster", lambda *given: True)
     x, scale = tensor(4, 300, 64, dtype=torch.bfloat16), tensor(64, dtype=torch.bfloat16, seed=1)
     gate_up, down = tensor(96, 64, dtype=torch.bfloat16, seed=2), tensor(64, 48, dtype=torch.bfloat16, seed=3)
     with torch.no_grad():
@@ -118,8 +119,20 @@ def test_both_products_of_an_mlp_go_by_it(on_hopper, monkeypatch):
     torch.testing.assert_close(y, gated_mlp.gated_mlp(x, gate_up, down, "silu", norm=Norm(scale, 1e-6)))
 
 
+def test_both_ways_are_prepared(on_hopper, monkeypatch):
+    activated = []
+    monkeypatch.setattr(many_tokens.activation, "launch", lambda y, act: activated.append(act) or y)
+    x, weight = (torch.empty(shape, dtype=torch.bfloat16, device="meta") for shape in ((768, 1024), (6144, 1024)))
+    with many_tokens.device.preparing(torch.device("cpu")), torch.no_grad():
+        assert not many_tokens.takes(x, weight, None, "silu")
+        many_tokens.product(x, weight, None, "silu")
+    assert on_hopper == [((768, 1024), (6144, 1024), "silu")]
+    assert activated[-1] == "silu"
+
+
 def test_what_the_kernel_refuses_is_the_librarys(on_hopper, monkeypatch):
-    monkeypatch.setattr(many_tokens, "takes", lambda *given: True)
+    monkeypatch.setattr(many_tokens, "_is_able", lambda *given: True)
+    monkeypatch.setattr(many_tokens, "_is_faster", lambda *given: True)
     monkeypatch.setattr(many_tokens, "launch", lambda *given: None)
     x, weight = tensor(600, 64, dtype=torch.bfloat16), tensor(96, 64, dtype=torch.bfloat16, seed=1)
     with torch.no_grad():

@@ -38,7 +38,12 @@ _multiprocessors._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, act: str = "") -> bool:
-    """Whether the kernel is for this product: many tokens, no bias, no gradient, one dtype of 16 bits, no autocast."""
+    """Whether the kernel is for this product: it can compute it, and is faster."""
+    return _is_able(x, weight, bias, act) and _is_faster(x, weight, act)
+
+
+def _is_able(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: str) -> bool:
+    """No bias, no gradient, one dtype of 16 bits, no autocast, rows that can be fetched, and a device of its kind."""
     if bias is not None or act not in _BUSY or not device.in_triton(x):
         return False
     if x.dtype != weight.dtype or x.dtype not in (torch.bfloat16, torch.float16):
@@ -49,9 +54,14 @@ def takes(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = Non
     columns = weight.shape[0] // 2 if act else weight.shape[0]
     if torch.is_autocast_enabled(of.type) or length < MIN_LENGTH or length % 8 or columns % 8:
         return False
-    rows, at_once = x.numel() // length, _multiprocessors(of)
+    return _multiprocessors(of) > 0
+
+
+def _is_faster(x: torch.Tensor, weight: torch.Tensor, act: str) -> bool:
+    """Many rows, and few multiprocessors without work in the last round."""
+    rows, at_once = x.numel() // x.shape[-1], _multiprocessors(device.of(x))
     blocks = -(-rows // ROWS) * -(-weight.shape[0] // COLUMNS)
-    return rows >= MIN_ROWS and at_once > 0 and blocks >= _BUSY[act] * -(-blocks // at_once) * at_once
+    return rows >= MIN_ROWS and blocks >= _BUSY[act] * -(-blocks // at_once) * at_once
 
 
 @torch.library.custom_op(f"{__name__.replace('.', '_')}::product", mutates_args=())
@@ -82,7 +92,10 @@ def product(
     Returns:
         (..., N) in the dtype of `x`.
     """
-    if not takes(x, weight, bias, act):
+    able = _is_able(x, weight, bias, act)
+    if able and device.is_preparing():
+        launch(x, weight, act)  # as the library's way, which other numbers of tokens may take
+    if not able or not _is_faster(x, weight, act):
         y = F.linear(x, weight, bias)
         del x  # for many tokens it is large, and who calls may have let it go
         return activation.gated_activation(y, act) if act else y
