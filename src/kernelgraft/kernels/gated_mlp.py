@@ -1,9 +1,9 @@
 """The gated MLP of language models, with an RMS norm in front or without: y = down(act(gate(h)) * up(h)), h = n(x).
 
 gate and up are one product, whose result one kernel activates. For few tokens the activation is part of that product,
-and the norm too. In training the norm and the activation are computed a second time, so that of all that lies between
-x and y only gate and up wait for the backward. Shapes: x and y (..., H), gate_up (2 I, H), the gate's rows first, down
-(H, I), a norm's weight (H).
+and the norm too; for many it is where `many_tokens` has a kernel. In training the norm and the activation are computed
+a second time, so that of all that lies between x and y only gate and up wait for the backward. Shapes: x and y
+(..., H), gate_up (2 I, H), the gate's rows first, down (H, I), a norm's weight (H).
 """
 
 from typing import Any, ClassVar
@@ -295,9 +295,7 @@ def run_behind(layout: Any, held: list[torch.Tensor], residual: torch.Tensor, no
     if _recomputes(held[0], residual, *weights):
         y: torch.Tensor = _Recomputing.apply(held.pop(), residual, *weights, norm[1:], layout.activation)
         return y
-    y, h = rms_norm.add_rms_norm(held.pop(), residual, *norm)
-    held.append(y)
-    del y
+    *held, h = rms_norm.add_rms_norm(held.pop(), residual, *norm)  # each is let go as soon as the next one is there
     held.append(many_tokens.product(held.pop(), gate_up, gate_up_bias, layout.activation))
     return few_tokens.plus(many_tokens.product(held.pop(), down, down_bias), h)
 

@@ -12,10 +12,13 @@ import torch
 
 from . import device
 
+VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
+"""The versions of Triton of which more is known here than what it documents."""
+
 try:
     import triton
 
-    _KNOWN = not device.INTERPRETED and triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
+    _KNOWN = not device.INTERPRETED and triton.__version__.startswith(VERSIONS)
 except ImportError:
     triton = None
     _KNOWN = False

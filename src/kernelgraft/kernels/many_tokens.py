@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from . import activation, compiling, device
-from .many_tokens_kernels import COLUMNS, KNOWN, MIN_LENGTH, ROWS, launch
+from .many_tokens_kernels import COLUMNS, EXPONENTS, KNOWN, MIN_LENGTH, ROWS, launch
 
 __all__ = ["MIN_ROWS", "product", "takes"]
 
@@ -20,7 +20,7 @@ MIN_ROWS = 512
 by the library 18.5, for 256 17.3 and 13.9; with H 4096, I 12288 137 and 149, and 99.5 and 83.1 (an H200 in bfloat16,
 torch 2.11, Triton 3.6, 2026-11-30)."""
 
-_BUSY = {"": 0.9, "silu": 0.75, "gelu_tanh": 0.75}
+_BUSY = {"": 0.9, **dict.fromkeys(EXPONENTS, 0.75)}
 """How much of the multiprocessors' time their blocks take at least, when all take part in the last round, by what is
 activated. The library has smaller blocks for other numbers."""
 
@@ -78,24 +78,22 @@ def _(x, weight, act):
     return x.new_empty(*x.shape[:-1], weight.shape[0] // 2 if act else weight.shape[0])
 
 
-def product(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, act: str = ""
-) -> torch.Tensor:  # fmt: skip
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, act: str = "") -> torch.Tensor:
     """act(x @ weight^T + bias).
 
     Args:
         x: (..., K).
-        weight: (N, K); with an activation (2 N, K), the gate's rows first.
+        weight: (N, K); with an activation (2 N, K), the gate's rows first. No output of a kernel of this repository
+            that may still run: see `overlap`.
         bias: As many as `weight` has rows.
         act: One of `activation.ACTIVATIONS`, or "".
 
     Returns:
         (..., N) in the dtype of `x`.
     """
-    able = _is_able(x, weight, bias, act)
-    if able and device.is_preparing():
+    if device.is_preparing() and _is_able(x, weight, bias, act):
         launch(x, weight, act)  # as the library's way, which other numbers of tokens may take
-    if not able or not _is_faster(x, weight, act):
+    if not takes(x, weight, bias, act):
         y = F.linear(x, weight, bias)
         del x  # for many tokens it is large, and who calls may have let it go
         return activation.gated_activation(y, act) if act else y

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from . import device, overlap
-from .launching import REMEMBERED, DescribedLaunch
+from .launching import REMEMBERED, VERSIONS, DescribedLaunch
 
 try:
     import triton
@@ -30,7 +30,7 @@ try:
     )
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    KNOWN = triton.__version__.startswith(("3.6.", "3.7.", "3.8.", "3.9."))
+    KNOWN = triton.__version__.startswith(VERSIONS)
 except ImportError:
     KNOWN = False
 
@@ -50,12 +50,11 @@ GROUP = 16
 """Blocks of rows that go through the weight together: 2200 us for 8192 tokens, H 4096, I 12288, with 32 2202, with 8
 2226, and 64 2274; with H 1024, I 3072 135 to 136 whatever it is (the same)."""
 
-ACTIVATIONS = ("silu", "gelu_tanh")
-"""What is computed with one exponential: x / (1 + 2^(x (a + b x^2)))."""
-
 _LOG2_E = 1.4426950408889634
 _OF_TANH = -2 * 0.7978845608028654 * _LOG2_E
-_EXPONENT = {"silu": (-_LOG2_E, 0.0), "gelu_tanh": (_OF_TANH, _OF_TANH * 0.044715)}
+EXPONENTS = {"silu": (-_LOG2_E, 0.0), "gelu_tanh": (_OF_TANH, _OF_TANH * 0.044715)}
+"""a and b of the activations that are computed with one exponential: x / (1 + 2^(x (a + b x^2)))."""
+
 _HALVES = {
     torch.bfloat16: ("bf16x2", "shl.b32 a, $1, 16; and.b32 b, $1, 0xffff0000;"),
     torch.float16: ("f16x2", ".reg .b16 c, d; mov.b32 {c, d}, $1; cvt.f32.f16 a, c; cvt.f32.f16 b, d;"),
@@ -68,7 +67,7 @@ def assembly(activation: str, dtype: torch.dtype) -> str:
     if not activation:
         return ""
     packed, unpack = _HALVES[dtype]
-    first, cubic = (f"0f{struct.unpack('>I', struct.pack('>f', each))[0]:08X}" for each in _EXPONENT[activation])
+    first, cubic = (f"0f{struct.unpack('>I', struct.pack('>f', each))[0]:08X}" for each in EXPONENTS[activation])
     lines = [".reg .b32 a, b, s, t;", unpack]
     for x, e in ("as", "bt"):
         if activation == "silu":
@@ -190,16 +189,8 @@ if KNOWN:
                 mbarrier.arrive(used.index((step + _stages - 1) % _stages), pred=k > 0)
                 for piece in gl.static_range(pieces):
                     if k == 1 + 2 * piece + GROUP_OF_WARPS:  # the two groups by turns
-                        _finish(
-                            held,
-                            y_desc,
-                            y_buffers.index(2 * GROUP_OF_WARPS + piece % 2),
-                            row,
-                            column,
-                            piece,
-                            GATED,
-                            ASSEMBLY,
-                        )
+                        buffer = y_buffers.index(2 * GROUP_OF_WARPS + piece % 2)
+                        _finish(held, y_desc, buffer, row, column, piece, GATED, ASSEMBLY)
                 step += 1
             sums = warpgroup_mma_wait(0, deps=(sums,))
             mbarrier.arrive(used.index((step + _stages - 1) % _stages))
@@ -213,7 +204,8 @@ if KNOWN:
             row = row_block * _rows + 64 * GROUP_OF_WARPS
             column = column_block * (pieces * 64)
         for piece in gl.static_range(pieces):
-            _finish(held, y_desc, y_buffers.index(2 * GROUP_OF_WARPS + piece % 2), row, column, piece, GATED, ASSEMBLY)
+            buffer = y_buffers.index(2 * GROUP_OF_WARPS + piece % 2)
+            _finish(held, y_desc, buffer, row, column, piece, GATED, ASSEMBLY)
         tma.store_wait(0)
 
     # One kernel for all numbers of tokens, or the first call with another one would compile.
