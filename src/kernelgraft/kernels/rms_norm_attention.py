@@ -2,8 +2,8 @@
 
 q, k and v are one product; norms over heads, the rotary embedding and the write into a static cache are one kernel
 (`rotary`). Attention itself is Transformers' own function for the implementation that the config names, so that every
-implementation, cache and mask works, but for one query token on a GPU with "sdpa": there it is `one_token_attention`,
-or with a plain cache all of it one kernel (`decode_attention`).
+implementation, cache and mask works, but for "sdpa" on a GPU: one query token goes to `one_token_attention`, or with a
+plain cache all of it is one kernel (`decode_attention`), and a short prompt goes to `short_attention`.
 
 Shapes: x and y (B, T, H), norm_weight (H), qkv_proj ((N + 2 K) * D, H), o_proj (H, N * D), norms of heads (D); N heads,
 K key and value heads, cos and sin (B or 1, T, D).
@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from . import attention_code, decode_attention, device, first_steps
+from . import attention_code, decode_attention, device, first_steps, short_attention
 from .attention_code import Library
 from .few_tokens import Norm, product
 from .gated_mlp import linear, weights_of
@@ -217,6 +217,8 @@ def attended(
     q, k, v = _states(self, library, rotation, cache, kwargs)
     if plain and _is_one_token(q, k, v, attention_mask, kwargs):
         out, weights = one_token_attention(q, k, v, self.scaling, attention_mask), None
+    elif plain and (short := _short(self, q, k, v, attention_mask, kwargs)) is not None:
+        out, weights = short, None
     else:
         out, weights = attend(
             self, q, k, v, attention_mask, dropout=dropout, scaling=self.scaling, **self.options, **kwargs
@@ -280,7 +282,7 @@ def _attended_on_meta(self: Any, hidden_states: torch.Tensor) -> tuple[torch.Ten
 
 
 def _attend_once(self: Any, of: torch.device, trains: bool) -> None:
-    """Call the library's attention on a few zeros, if it is torch's: that too has code to load."""
+    """Call torch's attention on a few zeros, if it is that which is asked for: it has code to load too."""
     library, attend = _attention_of(self)
     if attend is not library.sdpa:
         return
@@ -291,9 +293,12 @@ def _attend_once(self: Any, of: torch.device, trains: bool) -> None:
         for each in (num_heads, (rows - num_heads) // 2)
     )
     with torch.set_grad_enabled(trains):
-        out, _ = attend(self, q, k, k, None, dropout=0.0, scaling=self.scaling, **self.options)
+        ways = [attend(self, q, k, k, None, dropout=0.0, scaling=self.scaling, **self.options)[0]]
+        if short_attention.is_planned(of) and short_attention.takes(q, k, k):
+            ways.append(short_attention.attend(q, k, k, self.scaling, True))
         if trains:
-            torch.autograd.grad(out, (q, k), torch.ones_like(out))
+            for out in ways:
+                torch.autograd.grad(out, (q, k), torch.ones_like(out))
 
 
 def _decoded(
@@ -362,6 +367,20 @@ def _is_one_token(
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         return False
     return _is_bare(kwargs)
+
+
+def _short(
+    self: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, kwargs: dict[str, Any]
+) -> torch.Tensor | None:
+    """What Transformers' function for "sdpa" gives for a short sequence; `None` where that is left to it."""
+    length = q.shape[2]
+    if mask is not None or not short_attention.is_planned(q.device) or length == 1 or not _is_bare(kwargs):
+        return None
+    asked = kwargs.get("is_causal")
+    is_causal = bool(getattr(self, "is_causal", True) if asked is None else asked)
+    if is_causal and k.shape[2] > length:  # a cache with room for more
+        k, v = k[:, :, :length], v[:, :, :length]
+    return short_attention.attend(q, k, v, self.scaling, is_causal) if short_attention.takes(q, k, v) else None
 
 
 def _is_bare(kwargs: dict[str, Any]) -> bool:
