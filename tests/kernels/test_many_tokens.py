@@ -86,7 +86,7 @@ def test_it_is_for_hopper_alone(monkeypatch):
     monkeypatch.setattr(many_tokens.device, "INTERPRETED", False)
     monkeypatch.setattr(many_tokens.device, "num_multiprocessors", lambda of: 132)
     for capability, expected in (((9, 0), 132), ((8, 9), 0), ((10, 0), 0)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of, given=capability: given)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of=None, given=capability: given)
         assert many_tokens._multiprocessors(torch.device("cuda")) == expected
 
 
@@ -96,7 +96,7 @@ def test_a_compiler_is_told_and_does_not_warn(monkeypatch):
     for name, said in (("INTERPRETED", False), ("in_triton", lambda x: True), ("of", lambda x: torch.device("cuda"))):
         monkeypatch.setattr(many_tokens.device, name, said)
     monkeypatch.setattr(many_tokens.device, "num_multiprocessors", functools.cache(lambda of: 132))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of=None: (9, 0))
 
     def which(x, weight):
         return x + 1 if many_tokens.takes(x, weight, None, "silu") else x - 1
