@@ -230,7 +230,6 @@ def test_forward_and_backward(dtype, shape, is_causal):
     scale = 0.7 * shape[-1] ** -0.5
     y = short_attention.attend(*inputs, scale, is_causal)
     exact = by_torch(*exact_inputs, is_causal, scale).transpose(1, 2)
-    assert y.is_contiguous()
     assert y.dtype == dtype
     close(y, exact, dtype, size=1.0)
     upstream = tensor(*y.shape, dtype=dtype, seed=9)

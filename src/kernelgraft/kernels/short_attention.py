@@ -65,7 +65,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, is_c
         is_causal: Whether a token sees none behind it.
 
     Returns:
-        (B, T, N, D), dense.
+        (B, T, N, D); where they lie in memory is as torch has it.
     """
     y: torch.Tensor = _flash(q, k, v, 0.0, is_causal, scale=scale)[0]
     return y.transpose(1, 2)
