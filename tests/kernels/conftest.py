@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from drawn import DEVICE, few_are_four, in_triton, launched, rounded  # noqa: F401
+from drawn import few_are_four, in_triton, launched, rounded  # noqa: F401
 
 OF_TORCH = (
     r"ignore:.torch\.jit\.script_method. is deprecated:DeprecationWarning",
@@ -10,12 +10,12 @@ OF_TORCH = (
     r"ignore:Synchronization debug mode is a prototype feature:UserWarning",
     r"ignore:TensorFloat32 tensor cores for float32 matrix multiplication:UserWarning",
 )
-"""What torch warns of by itself where there is a GPU: importing its compiler, profiling, a thread's first product."""
+"""What torch warns of by itself, in some versions or where there is a GPU."""
 
 
 def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
     for item in items:
-        if DEVICE == "cuda" and item.path.is_relative_to(here):
+        if item.path.is_relative_to(here):
             for each in OF_TORCH:
                 item.add_marker(pytest.mark.filterwarnings(each))

@@ -12,11 +12,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 few = settings(deadline=None, max_examples=8, suppress_health_check=list(HealthCheck), derandomize=True)
 """For rules that each take a run of the interpreter."""
 
-by_inductor = [
-    pytest.mark.skipif(shutil.which("g++") is None, reason="the inductor takes a compiler of C++"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),  # its own
-]
-"""Marks of a test that compiles with torch's inductor."""
+by_inductor = pytest.mark.skipif(shutil.which("g++") is None, reason="the inductor takes a compiler of C++")
+"""The mark of a test that compiles with torch's inductor."""
 
 
 def tensor(*shape, dtype=torch.float32, seed=0, scale=1.0, offset=0.0):

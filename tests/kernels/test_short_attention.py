@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from kernelgraft.kernels import rms_norm_attention, short_attention
 
 has_plans = pytest.mark.skipif(
-    DEVICE != "cuda" or torch.cuda.get_device_capability()[0] < 9, reason="needs an H100 or what came after it"
+    DEVICE != "cuda" or torch.cuda.get_device_capability() not in ((9, 0), (10, 0)), reason="needs an H100 or B200"
 )
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -49,6 +49,7 @@ def test_it_takes_what_is_short_and_what_flash_attention_can():
     assert not takes(1, 16, 8, 16, 100)
     assert not takes(1, 16, 6, 16, 128)
     assert not takes(1, 16, 8, 16, 128, length_of_keys=17)
+    assert not takes(0, 16, 8, 16, 128)
     q, k, v = states(1, 4, 2, 6, 16)
     assert short_attention.takes(q, k, v)
     assert not short_attention.takes(q, k, v.half())
@@ -63,7 +64,7 @@ def on_hopper(monkeypatch):
 
 def test_only_where_torch_would_have_it_planned(monkeypatch):
     assert not short_attention.is_planned(torch.device("cpu"))
-    for capability, expected in (((9, 0), True), ((10, 0), True), ((8, 9), False)):
+    for capability, expected in (((9, 0), True), ((10, 0), True), ((8, 9), False), ((12, 0), False)):
         short_attention._has_plans.cache_clear()
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda of=None, given=capability: given)
         assert short_attention.is_planned(torch.device("cuda")) == expected
@@ -113,12 +114,16 @@ def attended(on_hopper, monkeypatch):
     return calls
 
 
-def model_pair(**options):
+def model_pair(calls=None, **options):
+    """A model, its grafted twin and their layers; of `calls`, what the graft itself makes on a GPU is forgotten."""
     pytest.importorskip("triton")
     pytest.importorskip("transformers")
     from test_rms_norm_attention import NUM_LAYERS, pair
 
-    return *pair("qwen3", dtype=torch.bfloat16, **options)[:2], NUM_LAYERS
+    plain, grafted, _ = pair("qwen3", dtype=torch.bfloat16, **options)
+    if calls is not None:
+        calls.clear()
+    return plain, grafted, NUM_LAYERS
 
 
 def near(found, expected):
@@ -132,7 +137,7 @@ def prompt(length=7):
 
 @pytest.mark.transformers
 def test_a_prompt_without_a_mask(attended):
-    plain, grafted, num_layers = model_pair()
+    plain, grafted, num_layers = model_pair(attended)
     with torch.no_grad():
         near(grafted(prompt()).logits, plain(prompt()).logits)
     assert attended == [(7, 7, True, False)] * num_layers
@@ -140,7 +145,7 @@ def test_a_prompt_without_a_mask(attended):
 
 @pytest.mark.transformers
 def test_gradients(attended):
-    plain, grafted, num_layers = model_pair()
+    plain, grafted, num_layers = model_pair(attended)
     found = []
     for model in (plain, grafted):
         model(prompt(), labels=prompt(), use_cache=False).loss.backward()
@@ -154,7 +159,7 @@ def test_of_a_cache_with_room_what_is_filled(attended):
     import transformers
     from test_rms_norm_attention import step
 
-    plain, grafted, num_layers = model_pair()
+    plain, grafted, num_layers = model_pair(attended)
     found = []
     for model in (plain, grafted):
         cache = transformers.StaticCache(model.config, 12)
@@ -169,7 +174,7 @@ def test_what_is_left_to_the_library(attended):
     import transformers
     from test_rms_norm_attention import step
 
-    plain, grafted, num_layers = model_pair()
+    plain, grafted, num_layers = model_pair(attended)
     mask = torch.ones_like(prompt())
     mask[0, :3] = 0
     with torch.no_grad():
@@ -198,7 +203,7 @@ def test_what_is_left_to_the_library(attended):
 @pytest.mark.transformers
 def test_attention_of_both_sides(attended):
     """What the call says about it, or else the module."""
-    plain, grafted, num_layers = model_pair()
+    plain, grafted, num_layers = model_pair(attended)
     with torch.no_grad():
         near(grafted(prompt(), is_causal=False).logits, plain(prompt(), is_causal=False).logits)
     assert attended == [(7, 7, False, False)] * num_layers
@@ -207,7 +212,7 @@ def test_attention_of_both_sides(attended):
 @pytest.mark.transformers
 @pytest.mark.parametrize("trains", [False, True])
 def test_both_ways_are_called_once_before(attended, trains):
-    _, grafted, _ = model_pair()
+    _, grafted, _ = model_pair(attended)
     rms_norm_attention._attend_once(grafted.model.layers[0].self_attn, torch.device(DEVICE), trains)
     assert attended == [(16, 16, True, trains)]
 

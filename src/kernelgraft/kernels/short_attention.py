@@ -1,7 +1,7 @@
 """Attention of short sequences without a mask, by torch's flash attention: y = softmax(scale * q k^T) v, causal or not.
 
-On an H100 and what came after it torch's `scaled_dot_product_attention` takes cuDNN's, which makes a plan for each
-shape, in each thread, at its first call. Prompts have another length nearly every time; flash attention needs no plan.
+On an H100, H200, B100 and B200 torch's `scaled_dot_product_attention` takes cuDNN's, which makes a plan for each shape,
+in each thread, at its first call. Prompts have another length nearly every time; flash attention needs no plan.
 
 Shapes: q (B, N, T, D), k and v (B, K, T, D) with N a multiple of K, y (B, T, N, D).
 """
@@ -13,9 +13,9 @@ import torch
 MAX_SCORES = 1 << 24
 """Of so many scores, B * N * T * T, at most: one prompt of 1024 tokens with 16 heads. There cuDNN takes 24 us and flash
 attention 39, for 512 tokens 15 and 25, for 128 10 and 12; for 2048 tokens 55 and 108. Forward and backward take as long
-either way (0.27 and 0.29 ms). cuDNN's plan takes 65 ms, and another one for the backward 80, which are as many calls as
-4000 prompts of 1024 tokens and one length have in one layer (an H200, D 128, K 8, bfloat16, torch 2.11, cuDNN 9.19,
-2026-11-30)."""
+either way (0.27 and 0.29 ms). cuDNN's plan takes 65 ms, and another one for the backward 80: 150 prompts of 1024 tokens
+in 28 layers would have to be of one length before that is made up (an H200, D 128, K 8, bfloat16, torch 2.11, cuDNN
+9.19, 2026-11-30)."""
 
 MAX_HEAD_DIM = 256
 """What flash attention takes at most."""
@@ -37,13 +37,15 @@ def is_planned(of: torch.device) -> bool:
 
 @functools.cache
 def _has_plans(of: torch.device) -> bool:
-    return of.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(of) >= (9, 0)
+    if of.type != "cuda" or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability(of) in ((9, 0), (10, 0))
 
 
 def takes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> bool:
     """Whether it is short, and flash attention computes it."""
     batch, num_heads, length, dim = q.shape
-    if batch * num_heads * length**2 > MAX_SCORES or dim > MAX_HEAD_DIM or dim % 8:
+    if not 0 < batch * num_heads * length**2 <= MAX_SCORES or dim > MAX_HEAD_DIM or dim % 8:
         return False
     if q.dtype not in (torch.bfloat16, torch.float16) or not q.dtype == k.dtype == v.dtype:
         return False
