@@ -1,3 +1,8 @@
+"""Where there is a GPU, the tests of this folder run on it: `python -m pytest tests/kernels`.
+
+`test_int64.py` takes 17 GB of its memory, in each process that runs a part of it.
+"""
+
 from pathlib import Path
 
 import pytest
