@@ -29,11 +29,11 @@ docs: $(READY)
 	$(BIN)/python -m pip install --quiet --group docs
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
 
-# What touches Transformers, on the oldest version that is supported; benchmarks have a version of their own.
+# What touches Transformers, on the oldest version that is supported.
 test-older:
 	$(MAKE) VENV=$(VENV)-older TRANSFORMERS=$(OLDER_TRANSFORMERS) $(VENV)-older/.ready-$(OLDER_TRANSFORMERS)
 	$(VENV)-older/bin/python examples/smollm2.py
-	OMP_NUM_THREADS=1 $(VENV)-older/bin/python -m pytest -n logical -m transformers --ignore tests/benchmarks
+	OMP_NUM_THREADS=1 $(VENV)-older/bin/python -m pytest -n logical -m transformers
 
 $(VENV)/.ready-%: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
