@@ -183,6 +183,7 @@ def test_what_is_left_to_the_library(attended):
             plain.set_attn_implementation("eager" if not given else "sdpa")
             seen = mask.bool() if given else ...
             near(grafted(prompt(), **given).logits[seen], plain(prompt(), **given).logits[seen])
+        assert attended == []
         grafted.set_attn_implementation("sdpa")
         cache = transformers.DynamicCache()
         step(grafted, prompt()[:, :3], cache)

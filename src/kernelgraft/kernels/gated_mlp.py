@@ -296,7 +296,7 @@ def run_behind(layout: Any, held: list[torch.Tensor], residual: torch.Tensor, no
         y: torch.Tensor = _Recomputing.apply(held.pop(), residual, *weights, norm[1:], layout.activation)
         return y
     x, h = rms_norm.add_rms_norm(held.pop(), residual, *norm)
-    held.append(x)
+    held.append(x)  # `*held, h = ...` would be shorter, and held a tuple to the compiler of torch 2.11
     del x  # each is let go as soon as the next one is there
     held.append(many_tokens.product(held.pop(), gate_up, gate_up_bias, layout.activation))
     return few_tokens.plus(many_tokens.product(held.pop(), down, down_bias), h)
